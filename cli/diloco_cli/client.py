@@ -1,0 +1,76 @@
+"""diloco-client: demo, status, export."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+from .options import Group, one_line_errors, quiet_grpc
+
+quiet_grpc()
+
+from diloco_client.observe import export, status  # noqa: E402
+
+from .tables import status_view  # noqa: E402
+
+
+@click.group(
+    cls=Group,
+    context_settings={
+        "auto_envvar_prefix": "DILOCO",
+        "show_default": True,
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+    },
+)
+@click.version_option(package_name="diloco")
+def main() -> None:
+    """Look at a run, take its parameters, or see a whole one on this machine."""
+
+
+@main.command("status")
+@click.argument("address")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--watch", is_flag=True, help="Keep looking, every --interval seconds, until Ctrl-C.")
+@click.option("--interval", default=2.0, help="Seconds between looks.")
+@click.option("--timeout", default=10.0, help="Seconds to wait for an answer.")
+def status_command(address: str, as_json: bool, watch: bool, interval: float, timeout: float) -> None:
+    """Workers, fragments, versions and rates of the run at ADDRESS (HOST:PORT)."""
+    with one_line_errors():
+        if not watch:
+            _show(status(address, timeout), as_json)
+        elif as_json:
+            while True:
+                click.echo(json.dumps(status(address, timeout)))
+                time.sleep(interval)
+        else:
+            with Live(console=Console(), auto_refresh=False) as live:
+                while True:
+                    live.update(status_view(status(address, timeout)), refresh=True)
+                    time.sleep(interval)
+
+
+def _show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(values))
+    else:
+        Console().print(status_view(values))
+
+
+@main.command("export")
+@click.argument("address")
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--timeout", default=30.0, help="Seconds to wait for an answer.")
+def export_command(address: str, path: Path, timeout: float) -> None:
+    """Write the global parameters of the run at ADDRESS to PATH, a safetensors file."""
+    with one_line_errors():
+        if not path.parent.is_dir():
+            raise click.BadParameter(f"{path.parent} is not a directory", param_hint="PATH")
+        count = export(address, path, timeout)
+        click.echo(f"{path}: {count} tensors, {path.stat().st_size / 1e6:.1f} MB")

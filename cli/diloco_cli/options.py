@@ -1,0 +1,103 @@
+"""click options made from the fields of a config dataclass: flags, environment variables and file keys alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from diloco_proto.errors import DilocoError
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+FAILED = 1
+WRONG_SETTING = 2
+FAILED_START = 3
+"""Exit codes: any other failure, a wrong command line or setting, a server that could not start."""
+
+
+class OneLineErrors:
+    """Mixin for click commands: a wrong command line is answered by one line, without the usage text."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            return super().main(*args, **kwargs)  # type: ignore[misc]
+        except click.ClickException as error:
+            click.echo(f"Error: {error.format_message()}", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            sys.exit(130)
+
+
+class Command(OneLineErrors, click.Command):
+    """One command."""
+
+
+class Group(OneLineErrors, click.Group):
+    """Several commands."""
+
+
+def config_options(config: type) -> Callable[[Decorated], Decorated]:
+    """Add one option for each field of a dataclass made with `diloco_server.config.option`."""
+
+    def decorate(command: Decorated) -> Decorated:
+        for f in reversed(dataclasses.fields(config)):
+            command = _option(f)(command)
+        return command
+
+    return decorate
+
+
+def _option(f: dataclasses.Field[Any]) -> Callable[[Decorated], Decorated]:
+    flag = "--" + f.name.replace("_", "-")
+    common = {"help": f.metadata["help"], "default": f.default, "show_default": f.default is not None}
+    if isinstance(f.default, bool):
+        return click.option(flag, is_flag=True, **common)
+    if f.metadata["choices"]:
+        return click.option(flag, type=click.Choice(f.metadata["choices"]), **common)
+    if f.default is None:
+        return click.option(flag, type=click.Path(path_type=Path), **common)
+    return click.option(flag, type=type(f.default), **common)
+
+
+def fields_of(config: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of `values` that are fields of `config`."""
+    return {f.name: values[f.name] for f in dataclasses.fields(config)}
+
+
+def load_config_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Keys of a TOML file become the defaults of the options; flags and environment variables win over them."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}") from error
+    known = {p.name for p in context.command.params}
+    for key in values:
+        if key not in known or key == parameter.name:
+            raise click.BadParameter(f"{path}: unknown key {key!r}")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def quiet_grpc() -> None:
+    """Keep gRPC's own log lines off the terminal, unless the user asked for them. Before grpc is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+@contextmanager
+def one_line_errors(exit_code: int = FAILED) -> Iterator[None]:
+    """A DilocoError ends the command with one line on stderr and `exit_code`."""
+    try:
+        yield
+    except DilocoError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(exit_code)

@@ -1,0 +1,304 @@
+"""The public API: `join` hooks a torch training loop into a run.
+
+The training thread does three things: after an inner step it copies the fragment that is due (capture), it
+merges the global fragment that is due (apply), and it waits if that has not arrived (stall). All else
+happens on the courier's threads. The schedule is Streaming DiLoCo's (arXiv 2501.18512).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from diloco_proto import outer_pb2 as pb
+from diloco_proto.codec import digest
+from diloco_proto.errors import ServerUnreachable
+from diloco_proto.schedule import Schedule
+from torch.profiler import record_function
+
+from .binding import Binding
+from .courier import Arrival, Flight
+from .link import Link
+from .stats import Stats
+from .transport import Transport
+
+log = logging.getLogger("diloco")
+
+FLUSH_PATIENCE = 60.0
+"""Seconds that `flush` waits for a server that is out of reach."""
+
+
+def join(
+    address: str,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    *,
+    worker_id: str | None = None,
+    connect_timeout: float = 120.0,
+) -> Outer:
+    """Join the run that the diloco-server at `address` (HOST:PORT) owns, and hook `optimizer.step()`.
+
+    Blocks until the run is open (its `min_workers` have joined); then the model's parameters are the global ones.
+    The first worker's parameters become the run's, unless the server was given some. With several optimizers an
+    inner step is over when the last of them has stepped.
+
+    `worker_id` names this worker; the same name in two live processes makes the older one stop. It defaults to
+    host name and process id. `connect_timeout` (seconds) bounds the wait for the server to answer.
+
+    Raises InvalidAddress, ServerUnreachable, UnsupportedModel, MasterWeights, ManifestMismatch (naming the first
+    tensor that differs) or another DilocoError. Use the result in a `with` block; leaving it flushes.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    if not optimizers:
+        raise ValueError("join needs at least one optimizer")
+    binding = Binding(model, optimizers)
+    return Outer(Transport(address), binding, optimizers, worker_id or _default_id(), connect_timeout)
+
+
+class Outer:
+    """A worker's part in a run, from `join` to the end of the `with` block.
+
+    Not thread safe: call it from the thread that trains.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        binding: Binding,
+        optimizers: Sequence[torch.optim.Optimizer],
+        worker_id: str,
+        connect_timeout: float,
+    ) -> None:
+        self._transport = transport
+        self._binding = binding
+        self._step = 0
+        self._joined_at = time.monotonic()
+        self._steps_taken = 0
+        self._rounds = 0
+        self._counted = 0
+        self._not_counted = 0
+        self._stall_seconds = 0.0
+        self._closed = False
+        self._finished = False
+        self._checked_optimizers = False
+        self._pid = os.getpid()
+        self._link = Link(transport, binding, worker_id, self._beat)
+        try:
+            self._step = self._link.join(connect_timeout)
+        except BaseException:
+            self._link.close("could not join")
+            raise
+        settings = self._link.settings
+        self._courier = self._link.courier
+        self._alpha = settings.mixing_alpha
+        count = self._link.layout.num_trained
+        self._schedule = Schedule(settings.sync_every, count, settings.overlap_steps)
+        self._counted_until = [self._step] * count
+        self._since_version = [base.version for base in self._courier.bases]
+        self._joined_at = time.monotonic()
+        self._hook = optimizers[-1].register_step_post_hook(self._after_step)
+        log.info("joined run %s at %s as %s", self._link.run_id, transport.address, worker_id)
+
+    # -- what the trainer asks --
+
+    @property
+    def stats(self) -> Stats:
+        """How this worker has fared so far."""
+        counters = self._transport.counters
+        return Stats(
+            steps=self._steps_taken,
+            rounds=self._rounds,
+            counted=self._counted,
+            not_counted=self._not_counted,
+            stall_seconds=self._stall_seconds,
+            train_seconds=time.monotonic() - self._joined_at,
+            bytes_up=counters.bytes_up,
+            bytes_down=counters.bytes_down,
+            bits_up=_bits(counters.contribution_bytes, counters.contribution_parameters),
+            bits_down=_bits(counters.update_bytes, counters.update_parameters),
+        )
+
+    @property
+    def worker_id(self) -> str:
+        return self._link.worker_id
+
+    def global_state_dict(self) -> dict[str, torch.Tensor]:
+        """The model's `state_dict()` with the global parameters θ in it, as this worker last received them.
+
+        Names and dtypes are the model's own; tensors are on the CPU. Evaluate and save these rather than the
+        local parameters. After `flush` both are the same.
+        """
+        return self._binding.state_dict([base.theta for base in self._courier.bases])
+
+    def base_digests(self) -> dict[int, int]:
+        """Fragment -> 64-bit digest of this worker's base, to be compared with the server's status."""
+        return {p: digest(base.theta.numpy()) for p, base in enumerate(self._courier.bases)}
+
+    def flush(self, *, together: bool = False) -> None:
+        """End fully synchronised: what this worker still holds goes into the run, then its parameters become θ.
+
+        With `together` it also waits until every live worker has flushed, so that all end on the same θ; call it
+        so in every worker, or in none. Training may go on afterwards. Raises ServerUnreachable when the server
+        stays away for FLUSH_PATIENCE seconds; the model keeps its local parameters then.
+        """
+        courier = self._courier
+        for fragment in range(self._link.layout.num_trained):
+            self._push_remainder(fragment)
+        self._wait_until(courier.staged)
+        self._finished = True
+        self._link.finishing()
+        while not courier.none_in_flight():
+            self._wait_until(courier.anything_ready)
+            self._settle_arrivals()
+            for fragment in range(self._link.layout.num_trained):
+                self._push_remainder(fragment)
+        if together:
+            self._link.finished()
+            self._wait_until(self._link.everyone_finished)
+        self._settle_arrivals()
+        for fragment, base in enumerate(courier.bases):
+            self._binding.adopt(fragment, base.theta)
+            self._counted_until[fragment] = self._step
+
+    def close(self) -> None:
+        """Leave the run without flushing; hooks are removed. Leaving the `with` block does it."""
+        self._close("left")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and not self._closed and not self._finished:
+                self.flush()
+        finally:
+            self._close("done" if kind is None else f"stopped by {kind.__name__}")
+
+    def _close(self, reason: str) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._hook.remove()
+        self._link.close(reason)
+
+    # -- after each inner step --
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child of the trainer, such as a DataLoader worker
+        self._courier.raise_fatal()
+        if not self._checked_optimizers:
+            self._binding.check_optimizers()
+            self._checked_optimizers = True
+        if self._finished:
+            self._finished = False
+            self._link.ready()
+        self._step += 1
+        self._steps_taken += 1
+        due = self._schedule.due(self._step)
+        for fragment in due.push:
+            if not self._courier.in_flight(fragment):
+                self._push(fragment)
+        for fragment in due.apply:
+            self._apply(fragment)
+        self._settle_arrivals(keep=self._not_due_yet())
+
+    def _not_due_yet(self) -> set[int]:
+        """Fragments whose contribution is under way and to be merged at a later step."""
+        ahead = range(1, self._schedule.overlap_steps + 1)
+        return {p for k in ahead for p in self._schedule.due(self._step + k).apply}
+
+    def _push(self, fragment: int) -> None:
+        base = self._courier.bases[fragment]
+        flight = Flight(
+            fragment=fragment,
+            base=base,
+            captured=self._binding.capture(fragment),
+            step=self._step,
+            steps=self._step - self._counted_until[fragment],
+            since_version=self._since_version[fragment],
+        )
+        self._courier.push(flight)
+
+    def _push_remainder(self, fragment: int) -> None:
+        """Push what was not counted yet, if there is anything and no contribution is under way."""
+        if self._step > self._counted_until[fragment] and not self._courier.in_flight(fragment):
+            self._push(fragment)
+
+    def _apply(self, fragment: int) -> None:
+        """The step at which a fragment is to be merged: wait for the fate of its contribution."""
+        if not self._courier.in_flight(fragment):
+            return
+        began = time.monotonic()
+        arrival = self._courier.wait(fragment)
+        self._stall_seconds += time.monotonic() - began
+        if arrival is not None:
+            self._merge(fragment, arrival, on_schedule=True)
+
+    def _settle_arrivals(self, keep: set[int] | frozenset[int] = frozenset()) -> None:
+        """Merge whatever else has arrived: contributions that are late, and rounds this worker was not in."""
+        for fragment in range(self._link.layout.num_trained):
+            if fragment in keep:
+                continue
+            old = self._courier.bases[fragment]
+            arrival = self._courier.take(fragment)
+            if arrival is not None:
+                self._merge(fragment, arrival, on_schedule=False, old_theta=old.theta)
+
+    def _merge(
+        self, fragment: int, arrival: Arrival, *, on_schedule: bool, old_theta: torch.Tensor | None = None
+    ) -> None:
+        """Bring a newer base in, by the rule of its contribution's fate (see `Binding`)."""
+        flight, theta = arrival.flight, arrival.base.theta
+        counted = flight is not None and bool(flight.counted)
+        if counted and on_schedule:
+            self._binding.mix(fragment, theta, self._alpha)
+        else:
+            old = flight.base.theta if flight is not None else old_theta
+            assert old is not None
+            encoded = flight.encoded if flight is not None and counted else None
+            self._binding.shift(fragment, self._binding.rebase_change(fragment, old, theta, encoded))
+        self._rounds += 1
+        if flight is not None and counted:
+            self._counted += 1
+            self._counted_until[fragment] = flight.step
+            self._since_version[fragment] = flight.base.version
+        elif flight is not None:
+            self._not_counted += 1
+
+    def _wait_until(self, condition: Any) -> None:
+        with record_function("diloco::wait"):
+            began = time.monotonic()
+            reached = self._courier.wait_until(condition, FLUSH_PATIENCE)
+            self._stall_seconds += time.monotonic() - began
+        if not reached:
+            raise ServerUnreachable(
+                f"the server at {self._transport.address} has been out of reach for {FLUSH_PATIENCE:.0f} s while "
+                "this worker flushed; its parameters are the local ones"
+            )
+
+    def _beat(self) -> pb.Heartbeat:
+        stats = self.stats
+        return pb.Heartbeat(
+            step=self._step,
+            stall_seconds=stats.stall_seconds,
+            bytes_up=stats.bytes_up,
+            bytes_down=stats.bytes_down,
+            train_seconds=stats.train_seconds,
+        )
+
+
+def _bits(size: int, parameters: int) -> float:
+    return 8 * size / parameters if parameters else 0.0
+
+
+def _default_id() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"

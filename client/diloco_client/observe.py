@@ -1,0 +1,137 @@
+"""A run seen from outside: its status, and its global parameters as a file. Needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from diloco_proto import outer_pb2 as pb
+from diloco_proto.codec import BLOCK, CorruptFrame, decode, digest, read_frame
+from diloco_proto.codec.formats import Floats
+from diloco_proto.errors import ConnectionClosed, NotReady
+from diloco_proto.manifest import Fragment, Pattern, TensorSpec, build_layout
+from diloco_proto.wire import manifest_from_pb
+from numpy.typing import NDArray
+
+from .transport import Transport
+
+
+def status(address: str, timeout: float = 10.0) -> dict[str, Any]:
+    """How the run at `address` stands: state, workers, fragments with version and digest, bytes, configuration.
+
+    Raises InvalidAddress or ServerUnreachable (after `timeout` seconds).
+    """
+    transport = Transport(address)
+    try:
+        return status_dict(transport.status(timeout))
+    finally:
+        transport.close()
+
+
+def status_dict(message: pb.RunStatus) -> dict[str, Any]:
+    """The status as plain values; digests as hexadecimal text."""
+    return {
+        "run_id": message.run_id,
+        "state": message.state,
+        "uptime_seconds": message.uptime_seconds,
+        "parameters": message.parameters,
+        "rounds": message.rounds,
+        "bytes_in": message.bytes_in,
+        "bytes_out": message.bytes_out,
+        "config": dict(message.config),
+        "workers": [
+            {
+                "worker_id": w.worker_id,
+                "state": w.state,
+                "seen_seconds": w.seen_seconds,
+                "step": w.last.step,
+                "train_seconds": w.last.train_seconds,
+                "stall_seconds": w.last.stall_seconds,
+                "bytes_up": w.last.bytes_up,
+                "bytes_down": w.last.bytes_down,
+                "counted": w.counted,
+                "not_counted": w.not_counted,
+            }
+            for w in message.workers
+        ],
+        "fragments": [
+            {
+                "index": f.index,
+                "kind": f.kind,
+                "parameters": f.parameters,
+                "version": f.version,
+                "digest": f"0x{f.digest:016x}",
+                "contributed": list(f.contributed),
+                "waiting_for": list(f.waiting_for),
+                "open_seconds": f.open_seconds,
+                "round_seconds": f.round_seconds,
+                "update_bytes": f.update_bytes,
+            }
+            for f in message.fragments
+        ],
+    }
+
+
+def export(address: str, path: Path, timeout: float = 30.0) -> int:
+    """Write the run's global parameters to a safetensors file, under the model's own names and dtypes.
+
+    Of tied tensors the first name is written; the file's metadata lists the others. Returns the number of
+    tensors. Raises InvalidAddress, ServerUnreachable, NotReady or OSError.
+    """
+    transport = Transport(address)
+    try:
+        description = transport.describe(timeout)
+        if not description.seeded:
+            raise NotReady(f"the run at {address} has no parameters yet: no worker has joined and seeded it")
+        manifest = manifest_from_pb(description.manifest)
+        config = description.config
+        layout = build_layout(manifest, int(config["num_fragments"]), Pattern(config["fragment_pattern"]))
+        tensors: dict[str, tuple[TensorSpec, NDArray[Any]]] = {}
+        for fragment in layout.fragments:
+            tensors |= _tensors(fragment, _pull_snapshot(transport, description.run_id, fragment))
+    finally:
+        transport.close()
+    metadata = {f"tied.{t.name}": ",".join(t.tied) for t in manifest.tensors if t.tied}
+    temporary = path.with_name(path.name + ".tmp")
+    # The entries point into the arrays, which `tensors` keeps alive until the file is written.
+    entries = {
+        name: safetensors.TensorSpec(
+            dtype=spec.dtype, shape=list(spec.shape), data_ptr=values.ctypes.data, data_len=values.nbytes
+        )
+        for name, (spec, values) in tensors.items()
+    }
+    safetensors.serialize_file(entries, temporary, metadata={"format": "pt", **metadata})
+    temporary.replace(path)
+    return len(tensors)
+
+
+def _pull_snapshot(transport: Transport, run_id: str, fragment: Fragment) -> Floats:
+    items = transport.pull(pb.PullRequest(run_id=run_id, fragment=fragment.index, snapshot=True))
+    values = np.empty(fragment.length, np.float32)
+    try:
+        for data in items[-1].frames:
+            frame = read_frame(data)
+            start, stop = frame.first_block * BLOCK, (frame.first_block + frame.num_blocks) * BLOCK
+            decode(frame.format, frame.scales, frame.codes, values[start:stop])
+    except CorruptFrame as error:
+        raise ConnectionClosed(f"the snapshot of fragment {fragment.index} is damaged: {error}") from error
+    if digest(values) != items[-1].digest:
+        raise ConnectionClosed(f"the snapshot of fragment {fragment.index} does not match its digest")
+    return values
+
+
+def _tensors(fragment: Fragment, values: Floats) -> dict[str, tuple[TensorSpec, NDArray[Any]]]:
+    return {
+        slot.tensor.name: (slot.tensor, _as_dtype(values[slot.offset : slot.end], slot.tensor.dtype))
+        for slot in fragment.slots
+    }
+
+
+def _as_dtype(values: Floats, dtype: str) -> NDArray[Any]:
+    """The values in the file's dtype; bfloat16, which numpy lacks, as its bits, rounded to nearest even."""
+    if dtype == "bfloat16":
+        bits = values.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return values.astype(np.float16) if dtype == "float16" else values

@@ -1,0 +1,138 @@
+"""A worker's membership: one thread that says hello, beats, hands on events, and comes back after a cut."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+from diloco_proto import outer_pb2 as pb
+from diloco_proto.channel import PROTOCOL_VERSION
+from diloco_proto.errors import DilocoError
+from diloco_proto.manifest import Manifest
+from diloco_proto.wire import manifest_to_pb
+
+from .transport import RETRY_LATER, Transport
+
+log = logging.getLogger("diloco")
+
+
+class Session:
+    """Keeps the worker in the run until `close`.
+
+    `on_event` gets every event but the first Welcome of each connection, on this session's thread;
+    `on_welcome` gets those. `on_lost` is told when the connection breaks, and `on_fatal` gets an error that no
+    new attempt can mend. `beat` makes a heartbeat.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        worker_id: str,
+        generation: int,
+        manifest: Manifest,
+        *,
+        beat: Callable[[], pb.Heartbeat],
+        on_welcome: Callable[[pb.Welcome], None],
+        on_event: Callable[[pb.SessionEvent], None],
+        on_lost: Callable[[], None],
+        on_fatal: Callable[[DilocoError], None],
+    ) -> None:
+        self.worker_id = worker_id
+        self.generation = generation
+        self.run_id = ""
+        self._transport = transport
+        self._manifest = manifest
+        self._beat = beat
+        self._on_welcome = on_welcome
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._on_fatal = on_fatal
+        self._heartbeat_seconds = 1.0
+        self._outgoing: queue.Queue[pb.SessionRequest | None] = queue.Queue()
+        self._standing: pb.SessionRequest | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="diloco-session", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def say(self, request: pb.SessionRequest) -> None:
+        """Send ready, finishing or finished; said again whenever the session is taken up anew."""
+        self._standing = request
+        self._outgoing.put(request)
+
+    def close(self, reason: str, timeout: float = 5.0) -> None:
+        """Leave the run."""
+        self._closing = True
+        if self._thread.is_alive():
+            self._outgoing.put(pb.SessionRequest(heartbeat=self._beat()))
+            self._outgoing.put(pb.SessionRequest(leave=pb.Leave(reason=reason)))
+            self._outgoing.put(None)
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        attempt = 0
+        while not self._closing:
+            try:
+                for event in self._transport.session(self._requests()):
+                    attempt = 0
+                    self._handle(event)
+                if self._closing:
+                    return
+                lost = "the server ended the session"
+            except (ConnectionError, *RETRY_LATER) as error:
+                lost = str(error)
+            except DilocoError as error:
+                self._on_fatal(error)
+                return
+            if self._closing:
+                return
+            if attempt == 0:
+                log.warning("lost the server at %s (%s); training goes on", self._transport.address, lost)
+            self._on_lost()
+            if self._transport.closed.wait(self._transport.retry.pause(attempt)):
+                return
+            attempt += 1
+
+    def _handle(self, event: pb.SessionEvent) -> None:
+        if event.HasField("welcome"):
+            if self.run_id:
+                log.warning("back in run %s at %s", event.welcome.run_id, self._transport.address)
+            self.run_id = event.welcome.run_id
+            self._heartbeat_seconds = event.welcome.heartbeat_seconds
+            if self._standing is not None:
+                self._outgoing.put(self._standing)
+            self._on_welcome(event.welcome)
+        else:
+            self._on_event(event)
+
+    def _requests(self) -> Iterator[pb.SessionRequest]:
+        """Hello, then what is to be said, with heartbeats in between. Ends with the connection."""
+        outgoing: queue.Queue[pb.SessionRequest | None] = queue.Queue()
+        self._outgoing, former = outgoing, self._outgoing
+        former.put(None)  # the generator of a broken connection ends
+        yield self._counted(
+            pb.SessionRequest(
+                hello=pb.Hello(
+                    protocol=PROTOCOL_VERSION,
+                    worker_id=self.worker_id,
+                    generation=self.generation,
+                    manifest=manifest_to_pb(self._manifest),
+                    run_id=self.run_id,
+                )
+            )
+        )
+        while True:
+            try:
+                request = outgoing.get(timeout=self._heartbeat_seconds)
+            except queue.Empty:
+                request = pb.SessionRequest(heartbeat=self._beat())
+            if request is None:
+                return
+            yield self._counted(request)
+
+    def _counted(self, request: pb.SessionRequest) -> pb.SessionRequest:
+        self._transport.counters.up(request.ByteSize())
+        return request

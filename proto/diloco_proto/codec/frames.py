@@ -1,0 +1,187 @@
+"""Frames: an encoded fragment cut into self-contained pieces of about 1 MiB, for the wire and for the journal.
+
+Little endian. A header of 32 bytes:
+
+     0  4s   magic "DLF1"
+     4  u8   format
+     5  u8   flags: bit 0, the scales are a zstd frame; bit 1, the codes are one; all others 0
+     6  u16  0
+     8  u32  first block: the place of this frame's first block within the fragment
+    12  u32  number of blocks, 1 to the format's `frame_blocks`
+    16  u32  stored bytes of scales
+    20  u32  stored bytes of codes
+    24  u64  xxh3_64 (seed 0) of bytes 0..23 followed by the body
+
+and the body: the scales, then the codes. The decoded size of each follows from the format and the number of
+blocks. A section is stored as a zstd frame (RFC 8878) only where that is smaller; such a frame states its
+content size and needs no dictionary, and both that and the size are checked before anything is decompressed.
+
+Scales and codes are compressed apart because their statistics differ: one Huffman table each.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import xxhash
+import zstandard
+
+from diloco_proto.codec.errors import CorruptFrame
+from diloco_proto.codec.formats import Bytes, Encoded, Format
+from diloco_proto.codec.kernels import validate
+
+MAGIC: Final = b"DLF1"
+HEADER_BYTES: Final = 32
+_HEAD: Final = struct.Struct("<4sBBHIIII")
+_SUM: Final = struct.Struct("<Q")
+_SCALES_ZSTD: Final = 1
+_CODES_ZSTD: Final = 2
+_U32: Final = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame, verified. The arrays are read-only views of the frame's bytes where it was not compressed."""
+
+    format: Format
+    first_block: int
+    num_blocks: int
+    scales: Bytes
+    """uint8[num_blocks], or uint8[0] for fp32 and bf16."""
+    codes: Bytes
+    """uint8[num_blocks * format.spec.code_bytes]."""
+    checksum: int
+    """The xxh3 field."""
+
+    @property
+    def encoded(self) -> Encoded:
+        """Scales and codes as the codec's operations take them."""
+        return Encoded(self.format, self.scales, self.codes)
+
+
+def pack_frames(encoded: Encoded, first_block: int = 0, level: int | None = 1) -> list[bytes]:
+    """The frames of `encoded`, whose first block is block `first_block` of its fragment.
+
+    Frame i begins at block first_block + i * frame_blocks; only the last may be shorter. `level` is zstd's;
+    None stores everything as it is.
+    """
+    spec = encoded.format.spec
+    assert first_block >= 0
+    assert first_block + encoded.num_blocks <= _U32
+    compressor = None if level is None else zstandard.ZstdCompressor(level=level)
+    frames = []
+    for start in range(0, encoded.num_blocks, spec.frame_blocks):
+        stop = min(start + spec.frame_blocks, encoded.num_blocks)
+        scales = encoded.scales[start * spec.scale_bytes : stop * spec.scale_bytes]
+        codes = encoded.codes[start * spec.code_bytes : stop * spec.code_bytes]
+        frames.append(_pack(encoded.format, first_block + start, stop - start, scales, codes, compressor))
+    return frames
+
+
+def read_frame(data: bytes | bytearray | memoryview) -> Frame:
+    """The frame in `data`, all of it checked: lengths, checksum, compression, legal scales and codes.
+
+    Raises CorruptFrame, saying what was wrong.
+    """
+    view = memoryview(data).cast("B")
+    fmt, flags, first_block, num_blocks, scale_bytes, code_bytes = _read_header(view)
+    if len(view) != HEADER_BYTES + scale_bytes + code_bytes:
+        raise CorruptFrame(
+            f"frame has {len(view)} bytes, its header says {HEADER_BYTES + scale_bytes + code_bytes}"
+        )
+    checksum = _checksum(view[: _HEAD.size], view[HEADER_BYTES:])
+    if checksum != _SUM.unpack_from(view, _HEAD.size)[0]:
+        raise CorruptFrame("frame checksum does not match its bytes")
+    split = HEADER_BYTES + scale_bytes
+    scales = _section(
+        "scales", view[HEADER_BYTES:split], bool(flags & _SCALES_ZSTD), num_blocks * fmt.spec.scale_bytes
+    )
+    codes = _section("codes", view[split:], bool(flags & _CODES_ZSTD), num_blocks * fmt.spec.code_bytes)
+    validate(fmt, scales, codes)
+    return Frame(fmt, first_block, num_blocks, scales, codes, checksum)
+
+
+def frame_checksum(data: bytes | bytearray | memoryview) -> int:
+    """The xxh3 field of a frame's header, unchecked. Raises CorruptFrame if there is no whole header."""
+    if len(data) < HEADER_BYTES:
+        raise CorruptFrame(f"frame has {len(data)} bytes, fewer than its header's {HEADER_BYTES}")
+    return int(_SUM.unpack_from(data, _HEAD.size)[0])
+
+
+def contribution_digest(frames: Iterable[Frame | bytes]) -> int:
+    """Sum mod 2^64 of the frames' checksums, so that the digests of an island's parts can be added."""
+    sums = (f.checksum if isinstance(f, Frame) else frame_checksum(f) for f in frames)
+    return sum(sums) % (1 << 64)
+
+
+def _pack(
+    fmt: Format,
+    first_block: int,
+    num_blocks: int,
+    scales: Bytes,
+    codes: Bytes,
+    compressor: zstandard.ZstdCompressor | None,
+) -> bytes:
+    flags = 0
+    sections = [memoryview(scales), memoryview(codes)]
+    if compressor is not None:
+        for i, bit in enumerate((_SCALES_ZSTD, _CODES_ZSTD)):
+            squeezed = compressor.compress(sections[i])
+            if len(squeezed) < len(sections[i]):
+                sections[i] = memoryview(squeezed)
+                flags |= bit
+    head = _HEAD.pack(MAGIC, fmt, flags, 0, first_block, num_blocks, len(sections[0]), len(sections[1]))
+    return b"".join((head, _SUM.pack(_checksum(head, *sections)), *sections))
+
+
+def _checksum(*pieces: bytes | memoryview) -> int:
+    state = xxhash.xxh3_64()
+    for piece in pieces:
+        state.update(piece)
+    return state.intdigest()
+
+
+def _read_header(view: memoryview) -> tuple[Format, int, int, int, int, int]:
+    """(format, flags, first block, blocks, stored scale bytes, stored code bytes), each within its bounds."""
+    if len(view) < HEADER_BYTES:
+        raise CorruptFrame(f"frame has {len(view)} bytes, fewer than its header's {HEADER_BYTES}")
+    magic, number, flags, zero, first_block, num_blocks, scale_bytes, code_bytes = _HEAD.unpack_from(view)
+    if magic != MAGIC:
+        raise CorruptFrame(f"frame begins with {magic!r}, not {MAGIC!r}")
+    if flags & ~(_SCALES_ZSTD | _CODES_ZSTD) or zero:
+        raise CorruptFrame(f"frame has unknown flags {flags:#x} or a non-zero reserved field {zero:#x}")
+    try:
+        fmt = Format(number)
+    except ValueError:
+        raise CorruptFrame(f"frame has unknown format {number}") from None
+    if not 1 <= num_blocks <= fmt.spec.frame_blocks:
+        raise CorruptFrame(f"frame has {num_blocks} blocks; {fmt.label} allows 1 to {fmt.spec.frame_blocks}")
+    if first_block + num_blocks > _U32:
+        raise CorruptFrame(f"frame ends at block {first_block + num_blocks}, beyond 2^32")
+    return fmt, flags, first_block, num_blocks, scale_bytes, code_bytes
+
+
+def _section(name: str, stored: memoryview, squeezed: bool, size: int) -> Bytes:
+    """uint8[size]: a section's bytes, decompressed if need be."""
+    if not squeezed:
+        if len(stored) != size:
+            raise CorruptFrame(f"frame stores {len(stored)} bytes of {name}, needs {size}")
+        return np.frombuffer(stored, np.uint8)
+    if len(stored) >= size:
+        raise CorruptFrame(f"frame stores {len(stored)} bytes of compressed {name}, no fewer than {size}")
+    try:
+        parameters = zstandard.get_frame_parameters(stored)
+        if parameters.content_size != size:
+            raise CorruptFrame(f"zstd frame of {name} declares {parameters.content_size} bytes, needs {size}")
+        raw = zstandard.ZstdDecompressor().decompress(
+            stored, max_output_size=size, allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        raise CorruptFrame(f"zstd frame of {name}: {error}") from error
+    if len(raw) != size:
+        raise CorruptFrame(f"zstd frame of {name} held {len(raw)} bytes, needs {size}")
+    return np.frombuffer(raw, np.uint8)

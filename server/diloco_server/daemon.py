@@ -1,0 +1,175 @@
+"""The lifecycle of the server: start, serve until told to stop, shut down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from diloco_proto.channel import SERVER_OPTIONS
+from diloco_proto.errors import ConfigError, DilocoError
+
+from .checkpoint import InitialParameters
+from .config import RunConfig, ServerConfig
+from .engine import Engine
+from .run import Run
+from .service import handlers
+
+log = logging.getLogger("diloco.server")
+
+MATH_THREADS = 4
+"""Commits, frame checks and compression; two cores are kept busy even while one thread waits for memory."""
+
+STOP_SECONDS = 5.0
+"""How long open calls may take to end once the server has drained."""
+
+
+class AddressInUse(DilocoError, OSError):
+    """Another process listens on the port."""
+
+
+class Daemon:
+    """One server. `run` serves until `stop` is called; all of it happens on one event loop."""
+
+    def __init__(self, config: RunConfig, server: ServerConfig) -> None:
+        self._server = server
+        self._threads = ThreadPoolExecutor(MATH_THREADS, thread_name_prefix="diloco-math")
+        init = InitialParameters(server.init) if server.init else None
+        self.engine = Engine(Run(config, init), self._threads)
+        self.port = 0
+        self._stopping: asyncio.Event | None = None
+        self._reason = ""
+
+    @property
+    def address(self) -> str:
+        host = self._server.host
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    async def run(self, on_listening: Callable[[Daemon], None]) -> None:
+        """Serve until `stop`. Calls `on_listening` once the port is open and the kernels are compiled."""
+        self._stopping = asyncio.Event()
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server.add_generic_rpc_handlers((handlers(self.engine),))
+        self._bind(server)
+        try:
+            await self.engine.warm_up()
+            await server.start()
+            self._announce()
+            on_listening(self)
+            await self._stopping.wait()
+            await self.engine.drain(self._reason)
+        finally:
+            await server.stop(STOP_SECONDS if self._stopping.is_set() else None)
+            self._threads.shutdown(wait=True)
+            if self._server.port_file is not None:
+                self._server.port_file.unlink(missing_ok=True)
+
+    def stop(self, reason: str) -> None:
+        """Begin the shutdown. Call it on the event loop."""
+        assert self._stopping is not None
+        self._reason = reason
+        self._stopping.set()
+
+    def _bind(self, server: grpc.aio.Server) -> None:
+        host, port = self._server.host, self._server.port
+        _probe(host, port)
+        try:
+            self.port = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        except RuntimeError as error:
+            raise AddressInUse(f"cannot listen on {host}:{port}: {error}") from error
+        if self.port == 0:
+            raise AddressInUse(f"cannot listen on {host}:{port}")
+
+    def _announce(self) -> None:
+        path = self._server.port_file
+        if path is not None:
+            temporary = Path(f"{path}.tmp")
+            temporary.write_text(f"{self.port}\n")
+            temporary.replace(path)
+
+
+def _probe(host: str, port: int) -> None:
+    """Bind the port for a moment: gRPC reports a taken one on stderr, in its own words."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise AddressInUse(
+                f"cannot listen on {host}:{port}: {error.strerror}. Is another server running there? "
+                "Choose another --port, or stop it"
+            ) from error
+
+
+def event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop loop where uvloop is installed, else asyncio's own; the global policy is left alone."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def run_forever(config: RunConfig, server: ServerConfig, on_listening: Callable[[Daemon], None]) -> None:
+    """Serve in the main thread until SIGTERM or SIGINT; a second signal forces the exit with code 1.
+
+    Raises ConfigError or AddressInUse when the start fails.
+    """
+    daemon = Daemon(config, server)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _on_signal, daemon, number)
+        await daemon.run(on_listening)
+
+    with asyncio.Runner(loop_factory=event_loop) as runner:
+        runner.run(main())
+
+
+def _on_signal(daemon: Daemon, number: int) -> None:
+    if daemon._reason:
+        log.warning("second signal: exiting at once")
+        raise SystemExit(1)
+    daemon.stop(f"received {signal.Signals(number).name}")
+
+
+@contextmanager
+def serve(config: RunConfig | None = None, *, port: int = 0, host: str = "127.0.0.1") -> Iterator[Daemon]:
+    """A server in this process, on a thread of its own: for tests and notebooks. Yields once it listens.
+
+    with serve(RunConfig(sync_every=6), port=0) as server:
+        diloco_client.join(server.address, model, optimizer)
+    """
+    listening: Future[asyncio.AbstractEventLoop] = Future()
+    daemon = Daemon(config or RunConfig(), ServerConfig(host=host, port=port))
+
+    def target() -> None:
+        try:
+            with asyncio.Runner(loop_factory=event_loop) as runner:
+                loop = runner.get_loop()
+                runner.run(daemon.run(lambda _: listening.set_result(loop)))
+        except BaseException as error:
+            if listening.done():
+                raise
+            listening.set_exception(error)
+
+    thread = threading.Thread(target=target, name="diloco-server", daemon=True)
+    thread.start()
+    loop = listening.result()
+    try:
+        yield daemon
+    finally:
+        loop.call_soon_threadsafe(daemon.stop, "the serve() block ended")
+        thread.join()
+
+
+__all__ = ["AddressInUse", "ConfigError", "Daemon", "run_forever", "serve"]

@@ -1,0 +1,131 @@
+"""Drives a Run in real time: its clock, its threads, its timers, and the queues to the workers' sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from diloco_proto import outer_pb2 as pb
+from diloco_proto.codec import Format, warm_up
+from diloco_proto.errors import ConnectionClosed, DilocoError, Superseded
+
+from .members import Member
+from .parameters import Snapshot
+from .rounds import Close
+from .run import Run
+
+log = logging.getLogger("diloco.server")
+
+SESSION_QUEUE = 10_000
+"""Events; a worker that reads none of so many has lost its session and must come back."""
+
+SessionQueue = asyncio.Queue[pb.SessionEvent | DilocoError | None]
+"""What goes to one worker; an error ends its session with it, None ends it quietly."""
+
+
+class Engine:
+    """Owns the Run on one event loop. Heavy work goes to `threads`, in which nothing but arrays is touched."""
+
+    def __init__(self, run: Run, threads: ThreadPoolExecutor, clock: Callable[[], float] = time.monotonic) -> None:
+        self.run = run
+        self.threads = threads
+        self.clock = clock
+        self.started_at = clock()
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.draining = False
+        self._sessions: dict[str, SessionQueue] = {}
+        self._commits: set[asyncio.Task[None]] = set()
+        self._busy: dict[int, asyncio.Lock] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def warm_up(self) -> None:
+        """Compile the kernels that this run needs."""
+        config = self.run.config
+        formats = {config.uplink, config.downlink, Format.FP32}
+        await asyncio.get_running_loop().run_in_executor(self.threads, warm_up, formats)
+
+    def attach(self, hello: pb.Hello) -> tuple[Member, SessionQueue]:
+        """A session begins. A former session of the same worker ends."""
+        if self.draining:
+            raise ConnectionClosed("the server is shutting down")
+        member = self.run.hello(hello, self.clock())
+        former = self._sessions.get(member.worker_id)
+        if former is not None:
+            _offer(former, Superseded(f"worker {member.worker_id!r} has opened another session"))
+        queue: SessionQueue = asyncio.Queue(SESSION_QUEUE)
+        self._sessions[member.worker_id] = queue
+        self.settle()
+        return member, queue
+
+    def detach(self, member: Member, queue: SessionQueue) -> None:
+        """The session's stream has ended. The member stays until its lease runs out."""
+        if self._sessions.get(member.worker_id) is queue:
+            del self._sessions[member.worker_id]
+
+    def settle(self) -> None:
+        """After anything happened: close what is due, deliver what is to be told, set the timer."""
+        now = self.clock()
+        self.run.tick(now)
+        if not self.draining:
+            for close in self.run.due(now):
+                task = asyncio.get_running_loop().create_task(self._commit(close))
+                self._commits.add(task)
+                task.add_done_callback(self._commits.discard)
+        if not self._commits:
+            self.run.settle_finish()
+        outbox, self.run.outbox = self.run.outbox, []
+        for worker_id, event in outbox:
+            queue = self._sessions.get(worker_id)
+            if queue is not None:
+                _offer(queue, event)
+        self._set_timer(now)
+
+    async def _commit(self, close: Close) -> None:
+        loop = asyncio.get_running_loop()
+        async with self.fragment_lock(close.fragment):
+            committed = await loop.run_in_executor(self.threads, self.run.commit, close)
+            self.run.publish(committed, self.clock())
+        if (task := asyncio.current_task()) is not None:
+            self._commits.discard(task)
+        self.settle()
+
+    def fragment_lock(self, fragment: int) -> asyncio.Lock:
+        """Held while a fragment's parameters change."""
+        return self._busy.setdefault(fragment, asyncio.Lock())
+
+    async def pin(self, fragment: int) -> Snapshot:
+        async with self.fragment_lock(fragment):
+            return self.run.parameters.pin(fragment)
+
+    def _set_timer(self, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = self.run.next_deadline()
+        if deadline is not None and deadline != float("inf"):
+            delay = max(0.01, deadline - now)
+            self._timer = asyncio.get_running_loop().call_later(delay, self.settle)
+
+    async def drain(self, reason: str) -> None:
+        """Take no more rounds, tell the workers, let running commits end."""
+        self.draining = True
+        for queue in self._sessions.values():
+            _offer(queue, pb.SessionEvent(draining=pb.Draining(reason=reason)))
+        while self._commits:
+            await asyncio.wait(set(self._commits))
+        if self._timer is not None:
+            self._timer.cancel()
+        for queue in self._sessions.values():
+            _offer(queue, ConnectionClosed(f"the server is shutting down: {reason}"))
+
+
+def _offer(queue: SessionQueue, event: pb.SessionEvent | DilocoError) -> None:
+    try:
+        queue.put_nowait(event)
+    except asyncio.QueueFull:
+        while not queue.empty():
+            queue.get_nowait()
+        queue.put_nowait(ConnectionClosed("the worker did not read its session's events"))

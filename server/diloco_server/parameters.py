@@ -1,0 +1,215 @@
+"""The global parameters of a run: theta, the outer optimizer's state, versions, and what is published of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import numpy as np
+from diloco_proto import outer_pb2 as pb
+from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack_frames
+from diloco_proto.codec.formats import Floats
+from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
+from diloco_proto.manifest import Fragment, Layout, Role
+from diloco_proto.wire import codec_to_pb
+
+from .outer import FragmentState, OuterSettings, commit
+
+KEPT_UPDATES = 2
+"""Published updates kept in memory for each fragment; who is further behind takes a snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One published update, as it goes to every worker: each message serialized once."""
+
+    version: int
+    """The version it leads to."""
+    digest: int
+    messages: tuple[bytes, ...]
+    """Serialized PullReply with one frame each."""
+    item: pb.Item
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.messages))
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """theta of one fragment at one version, held still for its readers."""
+
+    fragment: int
+    version: int
+    theta: Floats
+    digest: int
+    readers: int = 0
+    expired: bool = False
+
+
+@dataclass(slots=True)
+class _Global:
+    """One fragment's global state."""
+
+    fragment: Fragment
+    state: FragmentState
+    version: int = 0
+    digest: int = 0
+    updates: deque[Update] = field(default_factory=lambda: deque(maxlen=KEPT_UPDATES))
+    snapshot: Snapshot | None = None
+    """Of the current version, if somebody reads it."""
+    old_snapshot: Snapshot | None = None
+
+
+class Parameters:
+    """Owns every fragment's FragmentState. `commit` may run in a thread; callers keep it apart from `pin`."""
+
+    def __init__(self, layout: Layout, settings: OuterSettings) -> None:
+        self._settings = settings
+        self._globals = [_Global(f, _empty_state(f, settings)) for f in layout.fragments]
+
+    def version(self, fragment: int) -> int:
+        return self._globals[fragment].version
+
+    def digest(self, fragment: int) -> int:
+        return self._globals[fragment].digest
+
+    def versions(self) -> list[pb.FragmentVersion]:
+        return [pb.FragmentVersion(fragment=i, version=g.version, digest=g.digest) for i, g in enumerate(self._globals)]
+
+    def last_update_bytes(self, fragment: int) -> int:
+        updates = self._globals[fragment].updates
+        return updates[-1].nbytes if updates else 0
+
+    def seed(self, fragment: int, theta: Floats) -> None:
+        """theta becomes version 0, magnitudes under 2^-100 flushed.
+
+        Raises NonFiniteParameter, naming the tensor, for NaN, Inf or a magnitude of 2^126 and more.
+        """
+        target = self._globals[fragment]
+        bad = flush_(theta)
+        if bad >= 0:
+            raise NonFiniteParameter(
+                f"tensor {target.fragment.tensor_at(bad)!r} holds NaN, Inf or a magnitude of 2^126 and more"
+            )
+        target.state.theta[:] = theta
+        target.digest = digest(target.state.theta)
+
+    def commit(
+        self,
+        fragment: int,
+        payloads: Sequence[Encoded],
+        weights: Sequence[float],
+        threads: Executor | None = None,
+    ) -> tuple[Update, bool]:
+        """One outer step; returns the update and whether the payloads were counted.
+
+        When their mean would overflow, the update is zero and nothing was counted.
+        """
+        target = self._globals[fragment]
+        if target.snapshot is not None:
+            # Its readers go on from the old array; the step is made on a copy.
+            target.state.theta = target.state.theta.copy()
+        counted = True
+        try:
+            update = commit(target.state, payloads, weights, self._settings, threads)
+        except UnencodableValue:
+            counted = False
+            update = _zero_update(target.fragment, self._settings.downlink)
+        frames = pack_frames(update)
+        value = digest(target.state.theta)
+        item = pb.Item(
+            kind=pb.ITEM_UPDATE,
+            version=target.version + 1,
+            codec=codec_to_pb(update.format),
+            frames=len(frames),
+            digest=value,
+        )
+        messages = tuple(pb.PullReply(frame=frame).SerializeToString() for frame in frames)
+        return Update(target.version + 1, value, messages, item), counted
+
+    def publish(self, fragment: int, update: Update) -> None:
+        """The committed step becomes the fragment's version; from now on readers get it."""
+        target = self._globals[fragment]
+        assert update.version == target.version + 1
+        target.version = update.version
+        target.digest = update.digest
+        target.updates.append(update)
+        if target.snapshot is not None:
+            if target.old_snapshot is not None:
+                # One old copy at a time: memory stays bounded however slow a reader is.
+                target.old_snapshot.expired = True
+            target.old_snapshot, target.snapshot = target.snapshot, None
+
+    def updates_since(self, fragment: int, version: int) -> list[Update] | None:
+        """Updates that lead from `version` to now, or None when some of them are no longer kept."""
+        target = self._globals[fragment]
+        wanted = target.version - version
+        if wanted < 0 or wanted > len(target.updates):
+            return None
+        return list(target.updates)[len(target.updates) - wanted :]
+
+    def pin(self, fragment: int) -> Snapshot:
+        """The fragment as it is now, held still until `unpin`."""
+        target = self._globals[fragment]
+        if target.snapshot is None:
+            target.snapshot = Snapshot(fragment, target.version, target.state.theta, target.digest)
+        target.snapshot.readers += 1
+        return target.snapshot
+
+    def unpin(self, snapshot: Snapshot) -> None:
+        target = self._globals[snapshot.fragment]
+        snapshot.readers -= 1
+        if snapshot.readers == 0:
+            if target.snapshot is snapshot:
+                target.snapshot = None
+            elif target.old_snapshot is snapshot:
+                target.old_snapshot = None
+
+
+def snapshot_frames(snapshot: Snapshot, skip: int) -> Iterator[bytes]:
+    """Serialized PullReply of each fp32 frame from frame `skip` on, made one at a time.
+
+    Raises SnapshotExpired when the fragment moved on twice meanwhile.
+    """
+    step = Format.FP32.spec.frame_blocks
+    for first in range(skip * step, snapshot.theta.size // BLOCK, step):
+        if snapshot.expired:
+            raise SnapshotExpired(
+                f"version {snapshot.version} of fragment {snapshot.fragment} was overtaken while it was read"
+            )
+        values = snapshot.theta[first * BLOCK : (first + step) * BLOCK]
+        encoded = Encoded(Format.FP32, np.empty(0, np.uint8), values.view(np.uint8))
+        yield pb.PullReply(frame=pack_frames(encoded, first)[0]).SerializeToString()
+
+
+def snapshot_item(snapshot: Snapshot, skip: int) -> pb.Item:
+    """The announcement of `snapshot_frames`."""
+    total = -(-(snapshot.theta.size // BLOCK) // Format.FP32.spec.frame_blocks)
+    return pb.Item(
+        kind=pb.ITEM_SNAPSHOT,
+        version=snapshot.version,
+        codec=pb.CODEC_FP32,
+        frames=max(0, total - skip),
+        digest=snapshot.digest,
+    )
+
+
+def _empty_state(fragment: Fragment, settings: OuterSettings) -> FragmentState:
+    theta = np.zeros(fragment.length, np.float32)
+    if fragment.role is Role.FROZEN:
+        nothing = np.zeros(0, np.float32)
+        return FragmentState(theta, None, nothing)
+    momentum = np.zeros(fragment.length, np.float32) if settings.optimizer == "nesterov" else None
+    return FragmentState(theta, momentum, np.zeros(fragment.length, np.float32))
+
+
+def _zero_update(fragment: Fragment, fmt: Format) -> Encoded:
+    spec = fmt.spec
+    return Encoded(
+        fmt,
+        np.zeros(fragment.num_blocks * spec.scale_bytes, np.uint8),
+        np.zeros(fragment.num_blocks * spec.code_bytes, np.uint8),
+    )

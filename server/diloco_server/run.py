@@ -1,0 +1,416 @@
+"""One training run: its members, rounds and global parameters. Pure: time is passed in, in seconds.
+
+Methods take what arrives and leave what is to be told to the workers in `outbox`. The engine delivers it, and
+calls `due`, `commit` (heavy, in a thread) and `publish` in turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from diloco_proto import outer_pb2 as pb
+from diloco_proto.channel import PROTOCOL_VERSION
+from diloco_proto.codec import Format, decode_fragment
+from diloco_proto.errors import (
+    InvalidContribution,
+    ManifestMismatch,
+    NotReady,
+    ProtocolMismatch,
+    RunMismatch,
+)
+from diloco_proto.manifest import Fragment, Layout, Manifest, build_layout
+from diloco_proto.wire import manifest_from_pb
+
+from .assembly import Assembly, Place, frame_places
+from .checkpoint import InitialParameters
+from .config import RunConfig
+from .members import Member, Members, MemberState
+from .parameters import Parameters, Update
+from .rounds import Close, Contribution, Key, Rounds, Stage
+
+log = logging.getLogger("diloco.server")
+
+_OUTCOME = {
+    Stage.STAGED: pb.OUTCOME_STAGED,
+    Stage.ALREADY_HAVE: pb.OUTCOME_ALREADY_HAVE,
+    Stage.COUNTED: pb.OUTCOME_COUNTED,
+    Stage.CLOSED: pb.OUTCOME_CLOSED,
+    Stage.CONFLICT: pb.OUTCOME_CONFLICT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One push that the server is ready to receive."""
+
+    header: pb.PushHeader
+    assembly: Assembly
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A close whose outer step was computed, to be published."""
+
+    close: Close
+    update: Update
+
+
+@dataclass(slots=True)
+class _Model:
+    """What exists once the first worker has brought its manifest."""
+
+    manifest: Manifest
+    layout: Layout
+    parameters: Parameters
+    rounds: Rounds
+
+
+class Run:
+    """The state machine of one run. All methods but `commit` belong to one thread."""
+
+    def __init__(self, config: RunConfig, init: InitialParameters | None = None) -> None:
+        self.config = config
+        self.run_id = secrets.token_hex(8)
+        self.members = Members(config.lease_seconds)
+        self.outbox: list[tuple[str, pb.SessionEvent]] = []
+        self.seeded = False
+        self.opened = False
+        self.rounds_committed = 0
+        self._init = init
+        self._model: _Model | None = None
+        self._seeder: str | None = None
+        self._unseeded: set[int] = set()
+        self._assemblies: dict[Key, Assembly] = {}
+        self._told_finished = False
+
+    # -- what the run is --
+
+    @property
+    def layout(self) -> Layout:
+        return self._must_have_model().layout
+
+    @property
+    def parameters(self) -> Parameters:
+        return self._must_have_model().parameters
+
+    @property
+    def rounds(self) -> Rounds:
+        return self._must_have_model().rounds
+
+    @property
+    def manifest(self) -> Manifest | None:
+        return self._model.manifest if self._model else None
+
+    def _must_have_model(self) -> _Model:
+        if self._model is None:
+            raise NotReady("no worker has joined this run yet, so it has no model")
+        return self._model
+
+    def check_run_id(self, run_id: str) -> None:
+        """Raises RunMismatch for another run's id; empty fits any."""
+        if run_id and run_id != self.run_id:
+            raise RunMismatch(
+                f"this server runs {self.run_id}, not {run_id}: it was started anew. Start the worker again to join"
+            )
+
+    def check_readable(self, fragment: int) -> None:
+        """Raises NotReady or InvalidContribution unless the fragment can be pulled."""
+        count = len(self.layout.fragments)
+        if not self.seeded:
+            raise NotReady("the run has no parameters yet")
+        if fragment >= count:
+            raise InvalidContribution(f"asked for fragment {fragment}; this run has {count}")
+
+    # -- membership --
+
+    def hello(self, hello: pb.Hello, now: float) -> Member:
+        """A worker joins, or takes up its session again; its Welcome goes to the outbox.
+
+        Raises ProtocolMismatch, RunMismatch, UnsupportedModel, ManifestMismatch (naming the first tensor that
+        differs) or Superseded.
+        """
+        if hello.protocol != PROTOCOL_VERSION:
+            raise ProtocolMismatch(
+                f"this server speaks protocol {PROTOCOL_VERSION}, the worker {hello.protocol}: "
+                "install the same version of diloco on both"
+            )
+        self.check_run_id(hello.run_id)
+        if not hello.worker_id:
+            raise ManifestMismatch("hello without a worker_id")
+        manifest = manifest_from_pb(hello.manifest)
+        model = self._adopt(manifest)
+        difference = model.manifest.first_difference(manifest)
+        if difference:
+            raise ManifestMismatch(f"worker {hello.worker_id!r} has another model than this run: {difference}")
+        member = self.members.hello(hello.worker_id, hello.generation, now)
+        if member.state is MemberState.JOINING:
+            # A new process under a known id: nobody waits for what its predecessor still owed.
+            model.rounds.no_longer_expected(member.worker_id, now)
+        self._tell(member, welcome=self._welcome(model))
+        self._appoint_seeder()
+        return member
+
+    def _adopt(self, manifest: Manifest) -> _Model:
+        if self._model is not None and (self.seeded or self.members.live()):
+            return self._model
+        config = self.config
+        layout = build_layout(manifest, config.num_fragments, config.pattern)
+        if self._init is not None:
+            self._init.check(manifest)
+        rounds = Rounds(
+            layout.num_trained,
+            min_workers=config.min_workers,
+            grace=config.grace,
+            uniform=config.weighting == "uniform",
+        )
+        self._model = _Model(manifest, layout, Parameters(layout, config.outer_settings()), rounds)
+        self._unseeded = set(range(len(layout.fragments)))
+        if self._init is not None:
+            for fragment in layout.fragments:
+                self._seed(fragment, self._init)
+            self._init = None
+        return self._model
+
+    def _seed(self, fragment: Fragment, init: InitialParameters) -> None:
+        self.parameters.seed(fragment.index, init.flat(fragment))
+        self._mark_seeded(fragment.index)
+
+    def _mark_seeded(self, fragment: int) -> None:
+        self._unseeded.discard(fragment)
+        if not self._unseeded and not self.seeded:
+            self.seeded = True
+            for member in self.members.live():
+                self._tell(member, seeded=pb.Seeded(versions=self.parameters.versions()))
+
+    def _welcome(self, model: _Model) -> pb.Welcome:
+        return pb.Welcome(
+            run_id=self.run_id,
+            settings=self.config.to_pb(),
+            layout_fingerprint=model.layout.fingerprint,
+            seeded=self.seeded,
+            heartbeat_seconds=self.config.lease_seconds / 5,
+            versions=model.parameters.versions() if self.seeded else [],
+        )
+
+    def _appoint_seeder(self) -> None:
+        """Ask one live worker for the initial parameters, another one if it is gone."""
+        if self.seeded:
+            return
+        current = self.members.known(self._seeder) if self._seeder else None
+        if current is not None and current.live:
+            return
+        candidates = self.members.live()
+        self._seeder = candidates[0].worker_id if candidates else None
+        if candidates:
+            self._tell(candidates[0], seed_wanted=pb.SeedWanted())
+
+    def ready(self, member: Member, now: float) -> None:
+        """The worker holds theta: it trains as soon as the run is open, and is expected in rounds opened later."""
+        if not self.seeded:
+            raise NotReady("ready before the run has parameters")
+        member.state = MemberState.READY
+        self._told_finished = False
+        self._note_ending()
+        if self.opened:
+            self._tell(member, opened=pb.Opened(start_step=self.step()))
+            return
+        ready = self.members.in_state(MemberState.READY)
+        if len(ready) < self.config.min_workers:
+            waiting = pb.Waiting(ready=len(ready), needed=self.config.min_workers)
+            for other in ready:
+                self._tell(other, waiting=waiting)
+            return
+        self.opened = True
+        for fragment in range(self.layout.num_trained):
+            self._open_round(fragment, now)
+        for other in ready:
+            self._tell(other, opened=pb.Opened(start_step=0))
+
+    def step(self) -> int:
+        """The run's current inner step: that of the furthest worker, live ones first."""
+        steps = [m.last.step for m in self.members.in_state(MemberState.READY)]
+        return max(steps or [m.last.step for m in self.members.all()], default=0)
+
+    def heartbeat(self, member: Member, beat: pb.Heartbeat, now: float) -> None:
+        member.seen = now
+        member.last = beat
+
+    def finishing(self, member: Member, now: float) -> None:
+        self._set_state(member, MemberState.FINISHING, now)
+
+    def finished(self, member: Member, now: float) -> None:
+        self._set_state(member, MemberState.FINISHED, now)
+
+    def leave(self, member: Member, now: float) -> None:
+        """The worker is gone, by its own word or because its lease ran out."""
+        self._set_state(member, MemberState.GONE, now)
+        if not self.seeded:
+            self._appoint_seeder()
+
+    def tick(self, now: float) -> None:
+        """Let time pass: leases run out."""
+        for member in self.members.expired(now):
+            log.warning(
+                "worker %r was silent for %.0f s and is no longer expected",
+                member.worker_id,
+                now - member.seen,
+            )
+            self.leave(member, now)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` and `due` have something to do even if nothing arrives."""
+        grace = self._model.rounds.next_deadline() if self._model else None
+        return min((t for t in (self.members.next_expiry(), grace) if t is not None), default=None)
+
+    def _set_state(self, member: Member, state: MemberState, now: float) -> None:
+        member.state = state
+        if self._model is not None:
+            self._model.rounds.no_longer_expected(member.worker_id, now)
+            self._note_ending()
+
+    def _note_ending(self) -> None:
+        live = self.members.live()
+        self.rounds.ending = bool(live) and all(m.state in (MemberState.FINISHING, MemberState.FINISHED) for m in live)
+
+    # -- pushes --
+
+    def begin_push(self, header: pb.PushHeader) -> Ticket | pb.Outcome:
+        """What a push announces: a Ticket to receive it, or its Outcome when nothing need be sent.
+
+        Raises RunMismatch, NotMember, Superseded, NotReady or InvalidContribution.
+        """
+        self.check_run_id(header.run_id)
+        self.members.get(header.worker_id, header.generation)
+        fragment = self._fragment(header)
+        fmt = self._format(header)
+        parts = [(p.first_block, p.num_blocks) for p in header.parts]
+        places = frame_places(fragment, fmt, parts, header.frame_digests)
+        key = Key(fragment.index, header.base_version, header.worker_id)
+        if header.purpose == pb.PURPOSE_CONTRIBUTION:
+            known = self.rounds.seen_before(key, {p.first_block: p.digest for p in places})
+            if known is not None:
+                return self._outcome(known, fragment.index)
+        assembly = self._assemblies.get(key)
+        if assembly is None or not assembly.claim(places):
+            # Nothing incomplete was ever acknowledged: a worker that starts over may bring other bytes.
+            assembly = self._assemblies[key] = Assembly(fragment, fmt)
+            if not assembly.claim(places):
+                raise AssertionError("frames of one stream overlap")
+        return Ticket(header, assembly, tuple(places))
+
+    def _fragment(self, header: pb.PushHeader) -> Fragment:
+        layout = self.layout
+        who = f"worker {header.worker_id!r}"
+        if header.purpose == pb.PURPOSE_SEED:
+            if self.seeded or header.worker_id != self._seeder:
+                raise InvalidContribution(f"{who} pushed a seed, but was not asked for one")
+            count = len(layout.fragments)
+        elif header.purpose == pb.PURPOSE_CONTRIBUTION:
+            if header.tokens < 1 or header.steps < 1:
+                raise InvalidContribution(f"{who} pushed a contribution without any step or token behind it")
+            count = layout.num_trained
+        else:
+            raise InvalidContribution(f"{who} pushed with unknown purpose {header.purpose}")
+        if header.fragment >= count:
+            raise InvalidContribution(f"{who} pushed fragment {header.fragment}; this run has {count}")
+        return layout.fragments[header.fragment]
+
+    def _format(self, header: pb.PushHeader) -> Format:
+        wanted = Format.FP32 if header.purpose == pb.PURPOSE_SEED else self.config.uplink
+        if int(header.codec) != wanted:
+            raise InvalidContribution(
+                f"worker {header.worker_id!r} pushed codec {header.codec}; this run takes {wanted.label}"
+            )
+        return wanted
+
+    def finish_push(self, ticket: Ticket, now: float) -> pb.Outcome:
+        """All frames of the stream are in. Raises InvalidContribution or NonFiniteParameter."""
+        header, assembly = ticket.header, ticket.assembly
+        key = Key(header.fragment, header.base_version, header.worker_id)
+        if self._assemblies.get(key) is not assembly:
+            # Another stream completed it, or began anew with other bytes.
+            if header.purpose == pb.PURPOSE_SEED:
+                return pb.Outcome(kind=pb.OUTCOME_ALREADY_HAVE)
+            known = self.rounds.seen_before(key, {p.first_block: p.digest for p in ticket.places})
+            return self._outcome(known or Stage.CONFLICT, key.fragment)
+        if not assembly.complete:
+            return pb.Outcome(kind=pb.OUTCOME_PART_HELD, version=header.base_version)
+        del self._assemblies[key]
+        if header.purpose == pb.PURPOSE_SEED:
+            self.parameters.seed(key.fragment, decode_fragment(assembly.encoded()))
+            self._mark_seeded(key.fragment)
+            return pb.Outcome(kind=pb.OUTCOME_SEEDED)
+        contribution = Contribution(key, assembly.frames, assembly.encoded(), header.tokens, header.steps)
+        return self._outcome(self.rounds.stage(contribution, now), key.fragment)
+
+    def _outcome(self, stage: Stage, fragment: int) -> pb.Outcome:
+        return pb.Outcome(kind=_OUTCOME[stage], version=self.parameters.version(fragment))
+
+    # -- rounds --
+
+    def due(self, now: float) -> list[Close]:
+        """Rounds to commit now; each must come back through `commit` and `publish`."""
+        return self._model.rounds.due(now) if self._model and self.opened else []
+
+    def commit(self, close: Close, threads: Executor | None = None) -> Committed:
+        """The outer step of a close. Heavy; touches only its own fragment's parameters, so any thread may run it."""
+        payloads = [c.payload for c in close.contributions]
+        update, counted = self.parameters.commit(close.fragment, payloads, close.weights, threads)
+        if not counted:
+            log.error(
+                "fragment %d: the contributions of %s overflow together; none was counted",
+                close.fragment,
+                ", ".join(c.key.worker_id for c in close.contributions),
+            )
+            close = dataclasses.replace(close, contributions=(), weights=())
+        return Committed(close, update)
+
+    def publish(self, committed: Committed, now: float) -> None:
+        """The new version is out: tell every worker its fate and open the next round."""
+        close, update = committed.close, committed.update
+        self.parameters.publish(close.fragment, update)
+        record = self.rounds.committed(close, now)
+        self.rounds_committed += 1
+        self._assemblies = {
+            k: a
+            for k, a in self._assemblies.items()
+            if (k.fragment, k.base_version) != (close.fragment, close.base_version)
+        }
+        for member in self.members.live():
+            counted = member.worker_id in record.members
+            if counted:
+                member.counted += 1
+            elif member.worker_id in record.expected:
+                member.not_counted += 1
+            self._tell(
+                member,
+                committed=pb.Committed(
+                    fragment=close.fragment,
+                    version=update.version,
+                    fate=pb.FATE_COUNTED if counted else pb.FATE_NOT_COUNTED,
+                    digest=update.digest,
+                ),
+            )
+        self._open_round(close.fragment, now)
+
+    def settle_finish(self) -> None:
+        """Once every live worker has finished and nothing is under way, tell them so."""
+        live = self.members.live()
+        if self._told_finished or not live or not self.opened or not self.rounds.idle:
+            return
+        if all(m.state is MemberState.FINISHED for m in live):
+            self._told_finished = True
+            for member in live:
+                self._tell(member, all_finished=pb.AllFinished(versions=self.parameters.versions()))
+
+    def _open_round(self, fragment: int, now: float) -> None:
+        ready = [m.worker_id for m in self.members.in_state(MemberState.READY)]
+        self.rounds.open(fragment, self.parameters.version(fragment), ready, now)
+
+    def _tell(self, member: Member, **body: object) -> None:
+        self.outbox.append((member.worker_id, pb.SessionEvent(**body)))  # type: ignore[arg-type]
