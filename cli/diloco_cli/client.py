@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.live import Live
+from safetensors import SafetensorError
 
-from .options import Group, one_line_errors, quiet_grpc
+from .options import WRONG_SETTING, Group, config_options, one_line_errors, quiet_grpc
 
 quiet_grpc()
 
+from diloco_client.demo.options import DemoOptions  # noqa: E402
 from diloco_client.observe import export, status  # noqa: E402
+from diloco_proto.errors import DilocoError  # noqa: E402
 
 from .tables import status_view  # noqa: E402
 
@@ -32,6 +36,28 @@ from .tables import status_view  # noqa: E402
 @click.version_option(package_name="diloco")
 def main() -> None:
     """Look at a run, take its parameters, or see a whole one on this machine."""
+
+
+@main.command("demo")
+@config_options(DemoOptions)
+def demo_command(**values: Any) -> None:
+    """Train a small byte-level GPT on this machine: one server, several workers, and one alone to compare."""
+    try:
+        from diloco_client.demo.report import table
+        from diloco_client.demo.run import run_demo
+    except ImportError as error:
+        raise click.ClickException(f"the demo needs more packages ({error}): pip install 'diloco[demo]'") from error
+    with one_line_errors(WRONG_SETTING):
+        options = DemoOptions(**values)
+    console = Console(stderr=options.json)
+    with one_line_errors():
+        report = run_demo(options, [sys.executable, "-m", "diloco_cli.server"], console)
+    console.print(table(report))
+    console.print(f"{options.out / 'report.json'} and {options.out / 'loss.png'} hold the details")
+    if options.json:
+        click.echo(report.to_json())
+    if not report.identical:
+        raise click.ClickException("the parameters of the server and of the workers differ")
 
 
 @main.command("status")
@@ -72,5 +98,14 @@ def export_command(address: str, path: Path, timeout: float) -> None:
     with one_line_errors():
         if not path.parent.is_dir():
             raise click.BadParameter(f"{path.parent} is not a directory", param_hint="PATH")
-        count = export(address, path, timeout)
+        try:
+            count = export(address, path, timeout)
+        except DilocoError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise click.ClickException(f"cannot write {path}: {error}") from error
         click.echo(f"{path}: {count} tensors, {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main(prog_name="diloco-client")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
 from diloco_proto.errors import DilocoError
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -30,7 +31,9 @@ class OneLineErrors:
         try:
             return super().main(*args, **kwargs)  # type: ignore[misc]
         except click.ClickException as error:
-            click.echo(f"Error: {error.format_message()}", err=True)
+            text = error.format_message()
+            asked_nothing = text.startswith("Usage:")  # a group without a command: click answers with its help
+            click.echo(text if asked_nothing else f"Error: {text}", err=True)
             sys.exit(error.exit_code)
         except click.Abort:
             sys.exit(130)
@@ -45,7 +48,7 @@ class Group(OneLineErrors, click.Group):
 
 
 def config_options(config: type) -> Callable[[Decorated], Decorated]:
-    """Add one option for each field of a dataclass made with `diloco_server.config.option`."""
+    """Add one option for each field of a dataclass made with `diloco_proto.options.option`."""
 
     def decorate(command: Decorated) -> Decorated:
         for f in reversed(dataclasses.fields(config)):
@@ -62,7 +65,7 @@ def _option(f: dataclasses.Field[Any]) -> Callable[[Decorated], Decorated]:
         return click.option(flag, is_flag=True, **common)
     if f.metadata["choices"]:
         return click.option(flag, type=click.Choice(f.metadata["choices"]), **common)
-    if f.default is None:
+    if f.default is None or isinstance(f.default, Path):
         return click.option(flag, type=click.Path(path_type=Path), **common)
     return click.option(flag, type=type(f.default), **common)
 
@@ -77,14 +80,17 @@ def load_config_file(context: click.Context, parameter: click.Parameter, path: P
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise click.BadParameter(f"{path}: {error.strerror}") from error
+    except ValueError as error:
         raise click.BadParameter(f"{path}: {error}") from error
-    known = {p.name for p in context.command.params}
+    known = {p.name for p in context.command.params if p.expose_value}
     for key in values:
-        if key not in known or key == parameter.name:
+        if key not in known:
             raise click.BadParameter(f"{path}: unknown key {key!r}")
-    context.default_map = {**(context.default_map or {}), **values}
+    # As text, so that a value is judged as on the command line: an int option would take 2.5 for 2.
+    context.default_map = {**(context.default_map or {}), **{key: str(value) for key, value in values.items()}}
     return path
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import record_function
+
 from diloco_proto.codec import Encoded, accumulate, flush_
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import MasterWeights, NonFiniteParameter, UnsupportedModel
 from diloco_proto.manifest import DTYPES, Fragment, Layout, Manifest, Role, TensorSpec
-from torch.profiler import record_function
 
 _MASTER_ATTRIBUTES = (
     "fp32_from_fp16_groups",

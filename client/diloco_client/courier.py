@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.profiler import record_function
+
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import (
     CorruptFrame,
@@ -32,7 +34,6 @@ from diloco_proto.codec import (
 from diloco_proto.codec.formats import BLOCK
 from diloco_proto.errors import ConnectionClosed, DilocoError
 from diloco_proto.wire import codec_to_pb
-from torch.profiler import record_function
 
 from .binding import Binding, Captured, host_buffer, non_finite
 from .transport import PulledItem, Transport
@@ -52,12 +53,14 @@ class Base:
 
 @dataclass(slots=True)
 class Flight:
-    """One contribution on its way: `steps` inner steps since the last counted one, taken up to `step`."""
+    """One contribution on its way: `steps` inner steps since the last counted one, taken up to `step`, to be
+    merged at `due_step`."""
 
     fragment: int
     base: Base
     captured: Captured | None
     step: int
+    due_step: int
     steps: int
     since_version: int
     encoded: Encoded | None = None
@@ -124,21 +127,21 @@ class Courier:
         self._flights[flight.fragment] = flight
         self._uphill.put(flight)
 
-    def in_flight(self, fragment: int) -> bool:
-        return self._flights[fragment] is not None
+    def flight(self, fragment: int) -> Flight | None:
+        """The contribution under way."""
+        return self._flights[fragment]
 
     def take(self, fragment: int) -> Arrival | None:
         """What is ready to be merged: a newer base, unless a contribution's fate is still open."""
         with self._changed:
             return self._take(fragment)
 
-    def wait(self, fragment: int) -> Arrival | None:
-        """As `take`, but wait for the fate of the contribution under way; None when the server is out of reach."""
+    def wait(self, fragment: int) -> None:
+        """Wait until `take` has something, or the server is out of reach."""
         with record_function("diloco::wait"), self._changed:
-            while (arrival := self._take(fragment)) is None and self._connected and self._flights[fragment]:
-                self._changed.wait(1.0)
+            while not self._settled(fragment) and self._connected:
                 self.raise_fatal()
-            return arrival
+                self._changed.wait(1.0)
 
     def wait_until(self, condition: Callable[[], bool], patience: float) -> bool:
         """Wait for `condition`; False when the server was out of reach for `patience` seconds."""

@@ -11,19 +11,20 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch.profiler import record_function
+
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import digest
 from diloco_proto.errors import ServerUnreachable
 from diloco_proto.schedule import Schedule
-from torch.profiler import record_function
 
 from .binding import Binding
-from .courier import Arrival, Flight
+from .courier import Arrival, Base, Flight
 from .link import Link
 from .stats import Stats
 from .transport import Transport
@@ -32,6 +33,9 @@ log = logging.getLogger("diloco")
 
 FLUSH_PATIENCE = 60.0
 """Seconds that `flush` waits for a server that is out of reach."""
+
+NEVER = 1 << 62
+"""Due step of a remainder: it is merged as a late one, whenever its fate is known."""
 
 
 def join(
@@ -155,13 +159,13 @@ class Outer:
         self._link.finishing()
         while not courier.none_in_flight():
             self._wait_until(courier.anything_ready)
-            self._settle_arrivals()
+            self._merge_arrivals(early=True)
             for fragment in range(self._link.layout.num_trained):
                 self._push_remainder(fragment)
         if together:
             self._link.finished()
             self._wait_until(self._link.everyone_finished)
-        self._settle_arrivals()
+        self._merge_arrivals(early=True)
         for fragment, base in enumerate(courier.bases):
             self._binding.adopt(fragment, base.theta)
             self._counted_until[fragment] = self._step
@@ -205,24 +209,19 @@ class Outer:
         self._steps_taken += 1
         due = self._schedule.due(self._step)
         for fragment in due.push:
-            if not self._courier.in_flight(fragment):
-                self._push(fragment)
+            if self._courier.flight(fragment) is None:
+                self._push(fragment, due_step=self._step + self._schedule.overlap_steps)
         for fragment in due.apply:
-            self._apply(fragment)
-        self._settle_arrivals(keep=self._not_due_yet())
+            self._await_fate(fragment)
+        self._merge_arrivals()
 
-    def _not_due_yet(self) -> set[int]:
-        """Fragments whose contribution is under way and to be merged at a later step."""
-        ahead = range(1, self._schedule.overlap_steps + 1)
-        return {p for k in ahead for p in self._schedule.due(self._step + k).apply}
-
-    def _push(self, fragment: int) -> None:
-        base = self._courier.bases[fragment]
+    def _push(self, fragment: int, due_step: int) -> None:
         flight = Flight(
             fragment=fragment,
-            base=base,
+            base=self._courier.bases[fragment],
             captured=self._binding.capture(fragment),
             step=self._step,
+            due_step=due_step,
             steps=self._step - self._counted_until[fragment],
             since_version=self._since_version[fragment],
         )
@@ -230,42 +229,40 @@ class Outer:
 
     def _push_remainder(self, fragment: int) -> None:
         """Push what was not counted yet, if there is anything and no contribution is under way."""
-        if self._step > self._counted_until[fragment] and not self._courier.in_flight(fragment):
-            self._push(fragment)
+        if self._step > self._counted_until[fragment] and self._courier.flight(fragment) is None:
+            self._push(fragment, due_step=NEVER)
 
-    def _apply(self, fragment: int) -> None:
-        """The step at which a fragment is to be merged: wait for the fate of its contribution."""
-        if not self._courier.in_flight(fragment):
+    def _await_fate(self, fragment: int) -> None:
+        """At the step of a merge: wait until the contribution's fate and the new base are here."""
+        if self._courier.flight(fragment) is None:
             return
         began = time.monotonic()
-        arrival = self._courier.wait(fragment)
+        self._courier.wait(fragment)
         self._stall_seconds += time.monotonic() - began
-        if arrival is not None:
-            self._merge(fragment, arrival, on_schedule=True)
 
-    def _settle_arrivals(self, keep: set[int] | frozenset[int] = frozenset()) -> None:
-        """Merge whatever else has arrived: contributions that are late, and rounds this worker was not in."""
+    def _merge_arrivals(self, *, early: bool = False) -> None:
+        """Merge what has arrived: what is due now, what is late, and rounds that this worker was not in.
+
+        A contribution that is due at a later step waits for it, unless `early`.
+        """
         for fragment in range(self._link.layout.num_trained):
-            if fragment in keep:
+            flight = self._courier.flight(fragment)
+            if flight is not None and flight.due_step > self._step and not early:
                 continue
             old = self._courier.bases[fragment]
             arrival = self._courier.take(fragment)
             if arrival is not None:
-                self._merge(fragment, arrival, on_schedule=False, old_theta=old.theta)
+                self._merge(fragment, old, arrival)
 
-    def _merge(
-        self, fragment: int, arrival: Arrival, *, on_schedule: bool, old_theta: torch.Tensor | None = None
-    ) -> None:
-        """Bring a newer base in, by the rule of its contribution's fate (see `Binding`)."""
+    def _merge(self, fragment: int, old: Base, arrival: Arrival) -> None:
+        """Exchange the base `old` for the newer one, by the rule of the contribution's fate (see `Binding`)."""
         flight, theta = arrival.flight, arrival.base.theta
         counted = flight is not None and bool(flight.counted)
-        if counted and on_schedule:
+        if flight is not None and counted and flight.due_step == self._step:
             self._binding.mix(fragment, theta, self._alpha)
         else:
-            old = flight.base.theta if flight is not None else old_theta
-            assert old is not None
             encoded = flight.encoded if flight is not None and counted else None
-            self._binding.shift(fragment, self._binding.rebase_change(fragment, old, theta, encoded))
+            self._binding.shift(fragment, self._binding.rebase_change(fragment, old.theta, theta, encoded))
         self._rounds += 1
         if flight is not None and counted:
             self._counted += 1
@@ -274,7 +271,7 @@ class Outer:
         elif flight is not None:
             self._not_counted += 1
 
-    def _wait_until(self, condition: Any) -> None:
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
         with record_function("diloco::wait"):
             began = time.monotonic()
             reached = self._courier.wait_until(condition, FLUSH_PATIENCE)

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import safetensors
+from numpy.typing import NDArray
+
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import BLOCK, CorruptFrame, decode, digest, read_frame
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import ConnectionClosed, NotReady
 from diloco_proto.manifest import Fragment, Pattern, TensorSpec, build_layout
 from diloco_proto.wire import manifest_from_pb
-from numpy.typing import NDArray
 
 from .transport import Transport
 

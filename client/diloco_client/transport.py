@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import grpc
+
 from diloco_proto import outer_pb2 as pb
 from diloco_proto import outer_pb2_grpc as rpc
 from diloco_proto.channel import CLIENT_OPTIONS, PUSH_WINDOW_FRAMES

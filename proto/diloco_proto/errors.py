@@ -17,7 +17,7 @@ DilocoError
 ├── InvalidContribution    a push that is not what the run expects
 └── SnapshotExpired        the version being read is gone; ask again
 
-Those a server may answer with carry a gRPC status and travel by class name (`to_wire`, `from_wire`).
+Those a server may answer with carry a gRPC status and travel by class name (`from_wire`).
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class ConnectionClosed(DilocoError, ConnectionError):
 class UnsupportedModel(DilocoError, ValueError):
     """A model or optimizer that the hook cannot train rightly."""
 
+    status = grpc.StatusCode.INVALID_ARGUMENT
+
 
 class MasterWeights(UnsupportedModel):
     """The optimizer keeps master weights of its own, which would undo every merge."""
@@ -66,8 +68,6 @@ class MasterWeights(UnsupportedModel):
 
 class NonFiniteParameter(UnsupportedModel):
     """A parameter holds NaN, Inf or a magnitude of 2^126 and more."""
-
-    status = grpc.StatusCode.INVALID_ARGUMENT
 
 
 class ManifestMismatch(DilocoError, ValueError):
@@ -123,6 +123,7 @@ _BY_NAME: dict[str, type[DilocoError]] = {
     for cls in (
         ConfigError,
         ConnectionClosed,
+        UnsupportedModel,
         NonFiniteParameter,
         ManifestMismatch,
         ProtocolMismatch,

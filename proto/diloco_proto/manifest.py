@@ -53,7 +53,8 @@ class TensorSpec:
         return math.prod(self.shape)
 
     def describe(self) -> str:
-        return f"{self.name} {self.dtype}{list(self.shape)} {self.role}"
+        tied = f" (tied to {', '.join(self.tied)})" if self.tied else ""
+        return f"{self.name} {self.dtype}{list(self.shape)} {self.role}{tied}"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+
 from diloco_proto.codec import Encoded, Format, Frame
 from diloco_proto.errors import InvalidContribution
 from diloco_proto.manifest import Fragment

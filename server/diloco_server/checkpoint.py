@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
+
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import ConfigError, ManifestMismatch
 from diloco_proto.manifest import Fragment, Manifest, TensorSpec
@@ -22,7 +23,7 @@ class InitialParameters:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._tensors = dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+            self._tensors = dict(safetensors.deserialize(path.read_bytes()))
         except (safetensors.SafetensorError, OSError) as error:
             raise ConfigError(f"--init {path}: not a readable safetensors file: {error}") from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,13 @@ from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec.formats import Format
 from diloco_proto.errors import ConfigError
 from diloco_proto.manifest import Pattern
+from diloco_proto.options import option
 from diloco_proto.schedule import Schedule
 from diloco_proto.wire import codec_to_pb
 
 from .outer import OuterSettings
 
 AUTO = "auto"
-
-
-def option(default: Any, help_text: str, *, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is also a command-line option."""
-    return field(default=default, metadata={"help": help_text, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,13 +72,7 @@ class RunConfig:
         self._check(0.0 <= self.outer_momentum < 1.0, "outer_momentum", "at least 0 and less than 1")
         self._check(self.min_workers >= 1, "min_workers", "at least 1")
         self._check(1.0 <= self.lease_seconds < math.inf, "lease_seconds", "at least 1 second")
-        if self.grace_seconds != AUTO:
-            try:
-                self._check(float(self.grace_seconds) >= 0, "grace_seconds", "0 or more, `inf` or `auto`")
-            except ValueError as error:
-                raise ConfigError(
-                    f"grace_seconds is {self.grace_seconds!r}; it must be a number of seconds, `inf` or `auto`"
-                ) from error
+        self._check(_is_grace(self.grace_seconds), "grace_seconds", "a number of seconds, 0 or more, `inf` or `auto`")
 
     def _check(self, good: bool, name: str, rule: str) -> None:
         if not good:
@@ -91,7 +81,7 @@ class RunConfig:
     def _check_type(self, f: dataclasses.Field[Any]) -> None:
         value = getattr(self, f.name)
         wanted = type(f.default)
-        if wanted is str and isinstance(value, (int, float)) and f.name == "grace_seconds":
+        if f.name == "grace_seconds" and type(value) in (int, float):
             object.__setattr__(self, f.name, str(value))
         elif wanted is float and type(value) is int:
             object.__setattr__(self, f.name, float(value))
@@ -164,7 +154,16 @@ class ServerConfig:
                 "TLS nor tokens. Use a tunnel (ssh -L 50051:127.0.0.1:50051 …), or --insecure on a private network"
             )
         if self.init is not None and not self.init.is_file():
-            raise ConfigError(f"--init {self.init}: no such file")
+            raise ConfigError(f"init is {self.init}, which is no file")
+        if self.port_file is not None and not self.port_file.parent.is_dir():
+            raise ConfigError(f"port_file is {self.port_file}, but {self.port_file.parent} is no directory")
+
+
+def _is_grace(value: str | float) -> bool:
+    try:
+        return value == AUTO or float(value) >= 0
+    except ValueError:
+        return False
 
 
 def _is_loopback(host: str) -> bool:

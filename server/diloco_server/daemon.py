@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
+
 from diloco_proto.channel import SERVER_OPTIONS
 from diloco_proto.errors import ConfigError, DilocoError
 
@@ -43,6 +46,9 @@ class Daemon:
         self._threads = ThreadPoolExecutor(MATH_THREADS, thread_name_prefix="diloco-math")
         init = InitialParameters(server.init) if server.init else None
         self.engine = Engine(Run(config, init), self._threads)
+        self.engine.on_failure = self._fail
+        self.failure: Exception | None = None
+        """The fault of ours that stopped the server."""
         self.port = 0
         self._stopping: asyncio.Event | None = None
         self._reason = ""
@@ -53,7 +59,10 @@ class Daemon:
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     async def run(self, on_listening: Callable[[Daemon], None]) -> None:
-        """Serve until `stop`. Calls `on_listening` once the port is open and the kernels are compiled."""
+        """Serve until `stop`. Calls `on_listening` once the port is open and the kernels are compiled.
+
+        Raises AddressInUse, or `failure` if there was one.
+        """
         self._stopping = asyncio.Event()
         server = grpc.aio.server(options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers((handlers(self.engine),))
@@ -70,11 +79,17 @@ class Daemon:
             self._threads.shutdown(wait=True)
             if self._server.port_file is not None:
                 self._server.port_file.unlink(missing_ok=True)
+        if self.failure is not None:
+            raise self.failure
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = self.failure or error
+        self.stop("it has failed")
 
     def stop(self, reason: str) -> None:
         """Begin the shutdown. Call it on the event loop."""
         assert self._stopping is not None
-        self._reason = reason
+        self._reason = self._reason or reason
         self._stopping.set()
 
     def _bind(self, server: grpc.aio.Server) -> None:
@@ -103,10 +118,10 @@ def _probe(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise AddressInUse(
-                f"cannot listen on {host}:{port}: {error.strerror}. Is another server running there? "
-                "Choose another --port, or stop it"
-            ) from error
+            advice = "Choose another --host or --port"
+            if error.errno == errno.EADDRINUSE:
+                advice = "Is another server running there? Choose another --port, or stop it"
+            raise AddressInUse(f"cannot listen on {host}:{port}: {error.strerror}. {advice}") from error
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
@@ -121,7 +136,7 @@ def event_loop() -> asyncio.AbstractEventLoop:
 def run_forever(config: RunConfig, server: ServerConfig, on_listening: Callable[[Daemon], None]) -> None:
     """Serve in the main thread until SIGTERM or SIGINT; a second signal forces the exit with code 1.
 
-    Raises ConfigError or AddressInUse when the start fails.
+    Raises ConfigError or AddressInUse when the start fails, and what made the server stop if it was a fault of ours.
     """
     daemon = Daemon(config, server)
 
@@ -138,7 +153,7 @@ def run_forever(config: RunConfig, server: ServerConfig, on_listening: Callable[
 def _on_signal(daemon: Daemon, number: int) -> None:
     if daemon._reason:
         log.warning("second signal: exiting at once")
-        raise SystemExit(1)
+        os._exit(1)  # an exception would unwind the loop, which waits for open calls and for threads
     daemon.stop(f"received {signal.Signals(number).name}")
 
 
@@ -158,9 +173,10 @@ def serve(config: RunConfig | None = None, *, port: int = 0, host: str = "127.0.
                 loop = runner.get_loop()
                 runner.run(daemon.run(lambda _: listening.set_result(loop)))
         except BaseException as error:
-            if listening.done():
+            if not listening.done():
+                listening.set_exception(error)
+            elif error is not daemon.failure:
                 raise
-            listening.set_exception(error)
 
     thread = threading.Thread(target=target, name="diloco-server", daemon=True)
     thread.start()
@@ -168,8 +184,11 @@ def serve(config: RunConfig | None = None, *, port: int = 0, host: str = "127.0.
     try:
         yield daemon
     finally:
-        loop.call_soon_threadsafe(daemon.stop, "the serve() block ended")
+        with suppress(RuntimeError):  # the loop is closed if the server has failed
+            loop.call_soon_threadsafe(daemon.stop, "the serve() block ended")
         thread.join()
+    if daemon.failure is not None:
+        raise daemon.failure
 
 
 __all__ = ["AddressInUse", "ConfigError", "Daemon", "run_forever", "serve"]

@@ -22,6 +22,8 @@ log = logging.getLogger("diloco.server")
 SESSION_QUEUE = 10_000
 """Events; a worker that reads none of so many has lost its session and must come back."""
 
+_UNREAD = "the worker did not read its session's events"
+
 SessionQueue = asyncio.Queue[pb.SessionEvent | DilocoError | None]
 """What goes to one worker; an error ends its session with it, None ends it quietly."""
 
@@ -37,6 +39,7 @@ class Engine:
         self.bytes_in = 0
         self.bytes_out = 0
         self.draining = False
+        self.on_failure: Callable[[Exception], None] | None = None
         self._sessions: dict[str, SessionQueue] = {}
         self._commits: set[asyncio.Task[None]] = set()
         self._busy: dict[int, asyncio.Lock] = {}
@@ -55,7 +58,7 @@ class Engine:
         member = self.run.hello(hello, self.clock())
         former = self._sessions.get(member.worker_id)
         if former is not None:
-            _offer(former, Superseded(f"worker {member.worker_id!r} has opened another session"))
+            offer(former, Superseded(f"worker {member.worker_id!r} has opened another session"))
         queue: SessionQueue = asyncio.Queue(SESSION_QUEUE)
         self._sessions[member.worker_id] = queue
         self.settle()
@@ -81,17 +84,32 @@ class Engine:
         for worker_id, event in outbox:
             queue = self._sessions.get(worker_id)
             if queue is not None:
-                _offer(queue, event)
+                offer(queue, event)
         self._set_timer(now)
 
     async def _commit(self, close: Close) -> None:
         loop = asyncio.get_running_loop()
-        async with self.fragment_lock(close.fragment):
-            committed = await loop.run_in_executor(self.threads, self.run.commit, close)
-            self.run.publish(committed, self.clock())
-        if (task := asyncio.current_task()) is not None:
-            self._commits.discard(task)
-        self.settle()
+        try:
+            async with self.fragment_lock(close.fragment):
+                committed = await loop.run_in_executor(self.threads, self.run.commit, close)
+                self.run.publish(committed, self.clock())
+            if (task := asyncio.current_task()) is not None:
+                self._commits.discard(task)
+            self.settle()
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """A fault of ours: the server stops, since the run's state can no longer be trusted to go on."""
+        log.critical("the server has failed and stops; please report this", exc_info=error)
+        if self.on_failure is not None:
+            self.on_failure(error)
+
+    def _on_timer(self) -> None:
+        try:
+            self.settle()
+        except Exception as error:
+            self.fail(error)
 
     def fragment_lock(self, fragment: int) -> asyncio.Lock:
         """Held while a fragment's parameters change."""
@@ -107,25 +125,26 @@ class Engine:
         deadline = self.run.next_deadline()
         if deadline is not None and deadline != float("inf"):
             delay = max(0.01, deadline - now)
-            self._timer = asyncio.get_running_loop().call_later(delay, self.settle)
+            self._timer = asyncio.get_running_loop().call_later(delay, self._on_timer)
 
     async def drain(self, reason: str) -> None:
         """Take no more rounds, tell the workers, let running commits end."""
         self.draining = True
         for queue in self._sessions.values():
-            _offer(queue, pb.SessionEvent(draining=pb.Draining(reason=reason)))
+            offer(queue, pb.SessionEvent(draining=pb.Draining(reason=reason)))
         while self._commits:
             await asyncio.wait(set(self._commits))
         if self._timer is not None:
             self._timer.cancel()
         for queue in self._sessions.values():
-            _offer(queue, ConnectionClosed(f"the server is shutting down: {reason}"))
+            offer(queue, ConnectionClosed(f"the server is shutting down: {reason}"))
 
 
-def _offer(queue: SessionQueue, event: pb.SessionEvent | DilocoError) -> None:
+def offer(queue: SessionQueue, event: pb.SessionEvent | DilocoError | None) -> None:
+    """Put without waiting; who has not read so many events gets an error instead of them."""
     try:
         queue.put_nowait(event)
     except asyncio.QueueFull:
         while not queue.empty():
             queue.get_nowait()
-        queue.put_nowait(ConnectionClosed("the worker did not read its session's events"))
+        queue.put_nowait(event if isinstance(event, DilocoError) else ConnectionClosed(_UNREAD))

@@ -8,6 +8,9 @@ from enum import StrEnum
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.errors import NotMember, Superseded
 
+KEPT_GONE = 256
+"""Workers that are gone and still remembered, for status and so that an older process of theirs is refused."""
+
 
 class MemberState(StrEnum):
     """A member's way through the run; only READY members are expected in rounds."""
@@ -26,6 +29,9 @@ class Member:
     worker_id: str
     generation: int
     seen: float
+    moved: float
+    """When its training was last known to go on."""
+    hung: bool = False
     state: MemberState = MemberState.JOINING
     counted: int = 0
     not_counted: int = 0
@@ -35,9 +41,13 @@ class Member:
     def live(self) -> bool:
         return self.state is not MemberState.GONE
 
+    def moves(self, now: float) -> None:
+        """Its training goes on."""
+        self.moved, self.hung = now, False
+
 
 class Members:
-    """All workers that ever joined, in the order of their first hello."""
+    """All workers, the last of those that are gone included, in the order of their first hello."""
 
     def __init__(self, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
@@ -64,12 +74,18 @@ class Members:
             )
         if known is None or generation > known.generation:
             counts = (known.counted, known.not_counted) if known else (0, 0)
-            known = Member(worker_id, generation, now, counted=counts[0], not_counted=counts[1])
+            known = Member(worker_id, generation, now, now, counted=counts[0], not_counted=counts[1])
             self._by_id[worker_id] = known
+            self._forget()
         elif known.state is MemberState.GONE:
             known.state = MemberState.JOINING
         known.seen = now
         return known
+
+    def _forget(self) -> None:
+        gone = sorted(self.in_state(MemberState.GONE), key=lambda m: m.seen)
+        for member in gone[: max(0, len(gone) - KEPT_GONE)]:
+            del self._by_id[member.worker_id]
 
     def get(self, worker_id: str, generation: int) -> Member:
         """The live member of that id and generation. Raises Superseded or NotMember."""

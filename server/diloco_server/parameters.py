@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack_frames
 from diloco_proto.codec.formats import Floats
@@ -19,6 +20,9 @@ from .outer import FragmentState, OuterSettings, commit
 
 KEPT_UPDATES = 2
 """Published updates kept in memory for each fragment; who is further behind takes a snapshot."""
+
+_STEP = Format.FP32.spec.frame_blocks
+"""Blocks in a frame of a snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,11 @@ class Snapshot:
 
     fragment: int
     version: int
-    theta: Floats
+    num_blocks: int
     digest: int
+    theta: Floats | None
+    """None once it has expired: a reader that stands still keeps no array alive."""
     readers: int = 0
-    expired: bool = False
 
 
 @dataclass(slots=True)
@@ -140,7 +145,7 @@ class Parameters:
         if target.snapshot is not None:
             if target.old_snapshot is not None:
                 # One old copy at a time: memory stays bounded however slow a reader is.
-                target.old_snapshot.expired = True
+                target.old_snapshot.theta = None
             target.old_snapshot, target.snapshot = target.snapshot, None
 
     def updates_since(self, fragment: int, version: int) -> list[Update] | None:
@@ -155,7 +160,8 @@ class Parameters:
         """The fragment as it is now, held still until `unpin`."""
         target = self._globals[fragment]
         if target.snapshot is None:
-            target.snapshot = Snapshot(fragment, target.version, target.state.theta, target.digest)
+            theta, blocks = target.state.theta, target.fragment.num_blocks
+            target.snapshot = Snapshot(fragment, target.version, blocks, target.digest, theta)
         target.snapshot.readers += 1
         return target.snapshot
 
@@ -174,20 +180,24 @@ def snapshot_frames(snapshot: Snapshot, skip: int) -> Iterator[bytes]:
 
     Raises SnapshotExpired when the fragment moved on twice meanwhile.
     """
-    step = Format.FP32.spec.frame_blocks
-    for first in range(skip * step, snapshot.theta.size // BLOCK, step):
-        if snapshot.expired:
-            raise SnapshotExpired(
-                f"version {snapshot.version} of fragment {snapshot.fragment} was overtaken while it was read"
-            )
-        values = snapshot.theta[first * BLOCK : (first + step) * BLOCK]
-        encoded = Encoded(Format.FP32, np.empty(0, np.uint8), values.view(np.uint8))
-        yield pb.PullReply(frame=pack_frames(encoded, first)[0]).SerializeToString()
+    for first in range(skip * _STEP, snapshot.num_blocks, _STEP):
+        yield _snapshot_frame(snapshot, first)
+
+
+def _snapshot_frame(snapshot: Snapshot, first: int) -> bytes:
+    theta = snapshot.theta
+    if theta is None:
+        raise SnapshotExpired(
+            f"version {snapshot.version} of fragment {snapshot.fragment} was overtaken while it was read"
+        )
+    values = theta[first * BLOCK : (first + _STEP) * BLOCK]
+    encoded = Encoded(Format.FP32, np.empty(0, np.uint8), values.view(np.uint8))
+    return pb.PullReply(frame=pack_frames(encoded, first)[0]).SerializeToString()
 
 
 def snapshot_item(snapshot: Snapshot, skip: int) -> pb.Item:
     """The announcement of `snapshot_frames`."""
-    total = -(-(snapshot.theta.size // BLOCK) // Format.FP32.spec.frame_blocks)
+    total = -(-snapshot.num_blocks // _STEP)
     return pb.Item(
         kind=pb.ITEM_SNAPSHOT,
         version=snapshot.version,

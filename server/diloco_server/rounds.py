@@ -8,7 +8,7 @@ contributions alone: members are sorted by worker id, whatever the order of arri
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from statistics import median
@@ -22,7 +22,10 @@ MIN_AUTO_GRACE = 2.0
 KEPT_RECORDS = 64
 """Rounds of each fragment that are remembered, so that a repeated push learns its fate."""
 
-KEPT_FILL_TIMES = 16
+KEPT_TIMES = 16
+
+MAX_WEIGHT = 2.0
+"""Times the median of a round: a worker that comes back after long must not take the run over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,8 @@ class Rounds:
         self._grace = grace
         self._uniform = uniform
         self._open: list[Round | None] = [None] * num_fragments
-        self._fill_times: deque[float] = deque(maxlen=KEPT_FILL_TIMES)
+        self._fill_times: deque[float] = deque(maxlen=KEPT_TIMES)
+        self._open_times: deque[float] = deque(maxlen=KEPT_TIMES)
         self.records: list[deque[RoundRecord]] = [deque(maxlen=KEPT_RECORDS) for _ in range(num_fragments)]
         self.ending = False
         """All live workers are finishing: the floor of `min_workers` no longer holds, or their last
@@ -183,9 +187,23 @@ class Rounds:
             if current is not None and self._is_due(current, now):
                 current.closing = True
                 members = tuple(current.contributions[w] for w in sorted(current.contributions))
-                weights = tuple(1.0 if self._uniform else float(c.weight) for c in members)
-                closes.append(Close(fragment, current.version, members, weights))
+                closes.append(Close(fragment, current.version, members, self._weights(members)))
         return closes
+
+    def _weights(self, members: Sequence[Contribution]) -> tuple[float, ...]:
+        if self._uniform:
+            return (1.0,) * len(members)
+        cap = MAX_WEIGHT * median(c.weight for c in members)
+        return tuple(min(float(c.weight), cap) for c in members)
+
+    def holds(self, worker_id: str) -> bool:
+        """A contribution of the worker waits in an open round."""
+        return any(current is not None and worker_id in current.contributions for current in self._open)
+
+    @property
+    def usual_seconds(self) -> float | None:
+        """How long recent rounds were open; None before the first is over."""
+        return median(self._open_times) if self._open_times else None
 
     def next_deadline(self) -> float | None:
         """When a grace runs out, or None when nothing but an event can close a round."""
@@ -207,6 +225,7 @@ class Rounds:
         assert current.version == close.base_version
         if not current.missing and current.first_at is not None and current.last_at is not None:
             self._fill_times.append(current.last_at - current.first_at)
+        self._open_times.append(now - current.opened_at)
         total = sum(close.weights)
         record = RoundRecord(
             version=close.base_version + 1,

@@ -18,6 +18,7 @@ from diloco_proto.codec import Format, decode_fragment
 from diloco_proto.errors import (
     InvalidContribution,
     ManifestMismatch,
+    NonFiniteParameter,
     NotReady,
     ProtocolMismatch,
     RunMismatch,
@@ -33,6 +34,9 @@ from .parameters import Parameters, Update
 from .rounds import Close, Contribution, Key, Rounds, Stage
 
 log = logging.getLogger("diloco.server")
+
+HANG_ROUNDS = 3.0
+"""Times the usual length of a round without a step: then a worker's training hangs, though its heart beats."""
 
 _OUTCOME = {
     Stage.STAGED: pb.OUTCOME_STAGED,
@@ -83,7 +87,8 @@ class Run:
         self.rounds_committed = 0
         self._init = init
         self._model: _Model | None = None
-        self._seeder: str | None = None
+        self._seeder: tuple[str, int] | None = None
+        """Id and generation of the worker that was last asked for the parameters."""
         self._unseeded: set[int] = set()
         self._assemblies: dict[Key, Assembly] = {}
         self._told_finished = False
@@ -152,40 +157,30 @@ class Run:
             # A new process under a known id: nobody waits for what its predecessor still owed.
             model.rounds.no_longer_expected(member.worker_id, now)
         self._tell(member, welcome=self._welcome(model))
-        self._appoint_seeder()
+        self._appoint_seeder(member)
         return member
 
     def _adopt(self, manifest: Manifest) -> _Model:
-        if self._model is not None and (self.seeded or self.members.live()):
-            return self._model
+        """The run's model: the first worker's, or that of the next one if all are gone before it is seeded."""
+        current = self._model
+        if current is not None and (self.seeded or self.members.live() or current.manifest == manifest):
+            return current
         config = self.config
         layout = build_layout(manifest, config.num_fragments, config.pattern)
-        if self._init is not None:
-            self._init.check(manifest)
         rounds = Rounds(
             layout.num_trained,
             min_workers=config.min_workers,
             grace=config.grace,
             uniform=config.weighting == "uniform",
         )
-        self._model = _Model(manifest, layout, Parameters(layout, config.outer_settings()), rounds)
-        self._unseeded = set(range(len(layout.fragments)))
+        parameters = Parameters(layout, config.outer_settings())
         if self._init is not None:
-            for fragment in layout.fragments:
-                self._seed(fragment, self._init)
+            _seed_from(self._init, manifest, layout, parameters)
             self._init = None
-        return self._model
-
-    def _seed(self, fragment: Fragment, init: InitialParameters) -> None:
-        self.parameters.seed(fragment.index, init.flat(fragment))
-        self._mark_seeded(fragment.index)
-
-    def _mark_seeded(self, fragment: int) -> None:
-        self._unseeded.discard(fragment)
-        if not self._unseeded and not self.seeded:
             self.seeded = True
-            for member in self.members.live():
-                self._tell(member, seeded=pb.Seeded(versions=self.parameters.versions()))
+        self._model = _Model(manifest, layout, parameters, rounds)
+        self._seeder = None
+        return self._model
 
     def _welcome(self, model: _Model) -> pb.Welcome:
         return pb.Welcome(
@@ -197,23 +192,36 @@ class Run:
             versions=model.parameters.versions() if self.seeded else [],
         )
 
-    def _appoint_seeder(self) -> None:
-        """Ask one live worker for the initial parameters, another one if it is gone."""
-        if self.seeded:
+    def _appoint_seeder(self, arrived: Member | None = None) -> None:
+        """Ask one live worker for the initial parameters: another one if it is gone, again if it came back."""
+        live = self.members.live()
+        if self.seeded or not live:
             return
-        current = self.members.known(self._seeder) if self._seeder else None
-        if current is not None and current.live:
+        seeder = next((m for m in live if self._seeder and m.worker_id == self._seeder[0]), None)
+        if seeder is not None and seeder is not arrived:
             return
-        candidates = self.members.live()
-        self._seeder = candidates[0].worker_id if candidates else None
-        if candidates:
-            self._tell(candidates[0], seed_wanted=pb.SeedWanted())
+        seeder = seeder or live[0]
+        if self._seeder != (seeder.worker_id, seeder.generation):
+            # Another process holds other parameters: nothing of its predecessor's may be mixed with them.
+            self._seeder = (seeder.worker_id, seeder.generation)
+            self._unseeded = set(range(len(self.layout.fragments)))
+            self._assemblies.clear()
+        self._tell(seeder, seed_wanted=pb.SeedWanted())
+
+    def _mark_seeded(self, fragment: int) -> None:
+        self._unseeded.discard(fragment)
+        if not self._unseeded:
+            self.seeded = True
+            self._assemblies.clear()
+            for member in self.members.live():
+                self._tell(member, seeded=pb.Seeded(versions=self.parameters.versions()))
 
     def ready(self, member: Member, now: float) -> None:
         """The worker holds theta: it trains as soon as the run is open, and is expected in rounds opened later."""
         if not self.seeded:
             raise NotReady("ready before the run has parameters")
         member.state = MemberState.READY
+        member.moves(now)
         self._told_finished = False
         self._note_ending()
         if self.opened:
@@ -229,6 +237,7 @@ class Run:
         for fragment in range(self.layout.num_trained):
             self._open_round(fragment, now)
         for other in ready:
+            other.moves(now)
             self._tell(other, opened=pb.Opened(start_step=0))
 
     def step(self) -> int:
@@ -238,6 +247,8 @@ class Run:
 
     def heartbeat(self, member: Member, beat: pb.Heartbeat, now: float) -> None:
         member.seen = now
+        if beat.step > member.last.step:
+            member.moves(now)
         member.last = beat
 
     def finishing(self, member: Member, now: float) -> None:
@@ -245,6 +256,8 @@ class Run:
 
     def finished(self, member: Member, now: float) -> None:
         self._set_state(member, MemberState.FINISHED, now)
+        if self._told_finished:  # and says it again after a cut, in which it may have missed the answer
+            self._tell_finished(member)
 
     def leave(self, member: Member, now: float) -> None:
         """The worker is gone, by its own word or because its lease ran out."""
@@ -253,7 +266,7 @@ class Run:
             self._appoint_seeder()
 
     def tick(self, now: float) -> None:
-        """Let time pass: leases run out."""
+        """Let time pass: leases run out, and the patience with workers that beat without training."""
         for member in self.members.expired(now):
             log.warning(
                 "worker %r was silent for %.0f s and is no longer expected",
@@ -261,11 +274,36 @@ class Run:
                 now - member.seen,
             )
             self.leave(member, now)
+        for member, deadline in self._may_hang():
+            if now >= deadline:
+                log.warning(
+                    "worker %r has taken no step for %.0f s although its heart beats: rounds no longer wait for it",
+                    member.worker_id,
+                    now - member.moved,
+                )
+                member.hung = True
+                self.rounds.no_longer_expected(member.worker_id, now)
 
     def next_deadline(self) -> float | None:
         """When `tick` and `due` have something to do even if nothing arrives."""
         grace = self._model.rounds.next_deadline() if self._model else None
-        return min((t for t in (self.members.next_expiry(), grace) if t is not None), default=None)
+        times = [self.members.next_expiry(), grace, *(deadline for _, deadline in self._may_hang())]
+        return min((t for t in times if t is not None), default=None)
+
+    def _may_hang(self) -> list[tuple[Member, float]]:
+        """The workers whose next step is awaited, and when they are taken to hang.
+
+        Not those of which a contribution waits in a round: they may be waiting for its fate.
+        """
+        usual = self._model.rounds.usual_seconds if self._model else None
+        if usual is None:
+            return []
+        patience = max(HANG_ROUNDS * usual, self.config.lease_seconds)
+        return [
+            (m, m.moved + patience)
+            for m in self.members.in_state(MemberState.READY)
+            if not m.hung and not self.rounds.holds(m.worker_id)
+        ]
 
     def _set_state(self, member: Member, state: MemberState, now: float) -> None:
         member.state = state
@@ -286,6 +324,9 @@ class Run:
         """
         self.check_run_id(header.run_id)
         self.members.get(header.worker_id, header.generation)
+        seed = header.purpose == pb.PURPOSE_SEED
+        if seed and (self.seeded or (header.worker_id, header.generation) != self._seeder):
+            return pb.Outcome(kind=pb.OUTCOME_ALREADY_HAVE, detail="the run's parameters are another worker's")
         fragment = self._fragment(header)
         fmt = self._format(header)
         parts = [(p.first_block, p.num_blocks) for p in header.parts]
@@ -307,8 +348,8 @@ class Run:
         layout = self.layout
         who = f"worker {header.worker_id!r}"
         if header.purpose == pb.PURPOSE_SEED:
-            if self.seeded or header.worker_id != self._seeder:
-                raise InvalidContribution(f"{who} pushed a seed, but was not asked for one")
+            if header.base_version != 0:
+                raise InvalidContribution(f"{who} pushed a seed as version {header.base_version}; it is version 0")
             count = len(layout.fragments)
         elif header.purpose == pb.PURPOSE_CONTRIBUTION:
             if header.tokens < 1 or header.steps < 1:
@@ -346,6 +387,9 @@ class Run:
             self._mark_seeded(key.fragment)
             return pb.Outcome(kind=pb.OUTCOME_SEEDED)
         contribution = Contribution(key, assembly.frames, assembly.encoded(), header.tokens, header.steps)
+        member = self.members.known(key.worker_id)
+        if member is not None:
+            member.moves(now)
         return self._outcome(self.rounds.stage(contribution, now), key.fragment)
 
     def _outcome(self, stage: Stage, fragment: int) -> pb.Outcome:
@@ -385,6 +429,7 @@ class Run:
             counted = member.worker_id in record.members
             if counted:
                 member.counted += 1
+                member.moves(now)  # it may have waited for this
             elif member.worker_id in record.expected:
                 member.not_counted += 1
             self._tell(
@@ -406,11 +451,23 @@ class Run:
         if all(m.state is MemberState.FINISHED for m in live):
             self._told_finished = True
             for member in live:
-                self._tell(member, all_finished=pb.AllFinished(versions=self.parameters.versions()))
+                self._tell_finished(member)
+
+    def _tell_finished(self, member: Member) -> None:
+        self._tell(member, all_finished=pb.AllFinished(versions=self.parameters.versions()))
 
     def _open_round(self, fragment: int, now: float) -> None:
-        ready = [m.worker_id for m in self.members.in_state(MemberState.READY)]
+        ready = [m.worker_id for m in self.members.in_state(MemberState.READY) if not m.hung]
         self.rounds.open(fragment, self.parameters.version(fragment), ready, now)
 
     def _tell(self, member: Member, **body: object) -> None:
         self.outbox.append((member.worker_id, pb.SessionEvent(**body)))  # type: ignore[arg-type]
+
+
+def _seed_from(init: InitialParameters, manifest: Manifest, layout: Layout, parameters: Parameters) -> None:
+    init.check(manifest)
+    for fragment in layout.fragments:
+        try:
+            parameters.seed(fragment.index, init.flat(fragment))
+        except NonFiniteParameter as error:
+            raise NonFiniteParameter(f"the server's --init {init.path}: {error}") from error

@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import ACK_EVERY_FRAMES
 from diloco_proto.codec import CorruptFrame, read_frame
 from diloco_proto.errors import ERROR_KEY, DilocoError, InvalidContribution
 
-from .engine import Engine, SessionQueue
+from .engine import Engine, SessionQueue, offer
 from .members import Member
 from .parameters import snapshot_frames, snapshot_item
 from .run import Ticket
@@ -113,9 +114,12 @@ class Service:
                         log.info("worker %r left: %s", member.worker_id, request.leave.reason or "done")
                         run.leave(member, now)
                 self._engine.settle()
-            queue.put_nowait(None)
+            offer(queue, None)
         except DilocoError as error:
-            queue.put_nowait(error)
+            offer(queue, error)
+        except Exception:
+            log.exception("the session of worker %r failed; please report this", member.worker_id)
+            offer(queue, DilocoError("the server failed on a message of this worker; its log says why"))
 
     # -- Push --
 

@@ -1,10 +1,10 @@
-"""The block formats: their names, numbers and sizes. A pure table; the arithmetic is in `reference` and `kernels`.
+"""The block formats: names, numbers and sizes. A pure table; the arithmetic is in `reference` and `kernels`.
 
 A fragment is a flat float32 vector whose length is a multiple of BLOCK. A block of 64 values has one scale
 byte, a biased power of two (E8M0 of the OCP Microscaling formats v1.0: 2^(byte - 127)), and the codes of its
 values. fp32 and bf16 have no scales: their scale array has length zero.
 
-Scale byte 0 is kept for the block of zeros (it does not mean 2^-127): whatever the codes, the values are zero.
+Scale byte 0 is kept for the block of zeros (it does not mean 2^-127): whatever the codes, its values are 0.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class FormatSpec:
     """Highest legal scale byte: what `encode` picks just under 2^126. No legal code exceeds 2^127 with it."""
     q_max: int
     """Largest integer code of the uniform formats; 0 for the others."""
+    top: float
+    """Largest magnitude of a code, in units of the scale; 0 for formats without scales."""
 
     @property
     def bits(self) -> float:
@@ -79,13 +81,13 @@ class FormatSpec:
 
 
 _SPECS: Final = {
-    Format.FP32: FormatSpec(256, 0, 0, 0, 0),
-    Format.BF16: FormatSpec(128, 0, 0, 0, 0),
-    Format.INT8: FormatSpec(64, 1, 21, 247, 127),
-    Format.INT4: FormatSpec(32, 1, 25, 251, 7),
-    Format.INT3: FormatSpec(32, 1, 26, 252, 3),
-    Format.E3M0: FormatSpec(32, 1, 27, 253, 0),
-    Format.MXFP4: FormatSpec(32, 1, 25, 250, 0),
+    Format.FP32: FormatSpec(256, 0, 0, 0, 0, 0.0),
+    Format.BF16: FormatSpec(128, 0, 0, 0, 0, 0.0),
+    Format.INT8: FormatSpec(64, 1, 21, 247, 127, 127.0),
+    Format.INT4: FormatSpec(32, 1, 25, 251, 7, 7.0),
+    Format.INT3: FormatSpec(32, 1, 26, 252, 3, 3.0),
+    Format.E3M0: FormatSpec(32, 1, 27, 253, 0, 1.0),
+    Format.MXFP4: FormatSpec(32, 1, 25, 250, 0, 6.0),
 }
 
 

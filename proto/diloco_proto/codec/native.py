@@ -1,0 +1,156 @@
+"""How kernels are compiled: numba, on first use, into C functions that take addresses.
+
+A kernel is a C function of addresses and numbers, not a numba dispatcher of arrays, for three reasons: it is
+compiled for one signature only, whether an array is read-only or not; it runs without the interpreter lock;
+and a compiled loop can call it by its address (`call_kernel`), so that the loop over a model need not be
+compiled anew for every pair of formats.
+
+Products and sums must not be contracted, or results would differ between machines: no `fastmath` here.
+
+Compiled code is cached on disk by numba, which looks at the time stamp of the kernel's own file only: whoever
+edits a piece shared between files (here, `pieces`) must touch the files that use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Final, TypeVar
+
+import numba
+from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# Some releases of numba have types and some have none: none are used here.
+_numba: Any = numba
+_cgutils: Any = cgutils
+carray: Any = _numba.carray
+"""carray(pointer(address), size, dtype): the array at an address, inside a kernel."""
+
+ADDRESS: Final = types.int64
+INT64: Final = types.int64
+INT32: Final = types.int32
+FLOAT32: Final = types.float32
+UINT64: Final = types.uint64
+NOTHING: Final = types.void
+
+_OPTIONS: Final = {"nogil": True, "error_model": "numpy"}
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Kernel:
+    """A function compiled when it is first called, or its address first asked for.
+
+    Where numba finds no writable place for its cache, every process compiles anew.
+    """
+
+    def __init__(self, function: Callable[..., Any], returns: Any, arguments: tuple[Any, ...]) -> None:
+        self._function = function
+        self._signature = returns(*arguments)
+        self.__name__ = function.__name__
+        self.__doc__ = function.__doc__
+
+    @cached_property
+    def _compiled(self) -> Any:
+        try:
+            return _numba.cfunc(self._signature, cache=True, **_OPTIONS)(self._function)
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+            return _numba.cfunc(self._signature, **_OPTIONS)(self._function)
+
+    @cached_property
+    def _entry(self) -> Callable[..., Any]:
+        entry: Callable[..., Any] = self._compiled.ctypes
+        return entry
+
+    @property
+    def address(self) -> int:
+        """Where the machine code begins."""
+        return int(self._compiled.address)
+
+    def assembly(self) -> str:
+        """The machine code as text, for the tests that look for contracted arithmetic. Compiles anew."""
+        return str(_numba.cfunc(self._signature, **_OPTIONS)(self._function)._library.get_asm_str())
+
+    def __call__(self, *arguments: float) -> Any:
+        return self._entry(*arguments)
+
+
+def kernel(returns: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorator: make a Kernel of a function with these numba types."""
+
+    def decorate(function: Callable[..., Any]) -> Kernel:
+        return Kernel(function, returns, arguments)
+
+    return decorate
+
+
+def inlined(function: _F) -> _F:
+    """Decorator: a piece of kernels, compiled into each of them."""
+    compiled: _F = _numba.njit(inline="always", **_OPTIONS)(function)
+    return compiled
+
+
+def _intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    made: Callable[..., Any] = intrinsic(function)
+    return made
+
+
+@_intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    """An address as the pointer that `numba.carray` takes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), codegen
+
+
+@_intrinsic
+def as_float(typing_context: Any, bits: Any) -> Any:
+    """The float32 that has the bits of an int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@_intrinsic
+def as_bits(typing_context: Any, value: Any) -> Any:
+    """The bits of a float32 as an int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@_intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Ask for the cache line at an address; no more than a hint."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        shape = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        hint = _cgutils.get_or_insert_function(builder.module, shape, "llvm.prefetch.p0")
+        read, second_level, data = i32(0), i32(2), i32(1)
+        builder.call(hint, [builder.inttoptr(args[0], byte), read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@_intrinsic
+def call_kernel(typing_context: Any, address: Any, arguments: Any) -> Any:
+    """Call the kernel at `address` with a tuple of arguments, of exactly its types; it returns int64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = _cgutils.unpack_tuple(builder, args[1])
+        shape = ir.FunctionType(ir.IntType(64), [value.type for value in values])
+        return builder.call(builder.inttoptr(args[0], shape.as_pointer()), values)
+
+    return types.int64(types.int64, arguments), codegen

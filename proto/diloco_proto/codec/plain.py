@@ -1,0 +1,243 @@
+"""Kernels of the formats without scales, fp32 and bf16, and those that know no format at all.
+
+`scales_at`, `tie` and `shift` are not used.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from diloco_proto.codec.native import (
+    ADDRESS,
+    FLOAT32,
+    INT32,
+    INT64,
+    NOTHING,
+    as_bits,
+    as_float,
+    carray,
+    inlined,
+    kernel,
+    pointer,
+)
+from diloco_proto.codec.pieces import (
+    ACCUMULATE,
+    ENCODE,
+    FEEDBACK,
+    FLUSHED,
+    MAGNITUDE,
+    REFUSED,
+    block_peak,
+    f32,
+    fetch,
+    i32,
+)
+
+
+@inlined
+def flushed(bits: np.int32) -> np.int32:
+    """The same bits, or those of +0 for a magnitude under 2^-100."""
+    return bits if i32(bits & MAGNITUDE) >= FLUSHED else i32(0)
+
+
+@inlined
+def bf16(bits: np.int32) -> np.int32:
+    """The float's bits rounded to their upper 16, to even."""
+    v = flushed(bits)
+    even = i32(i32(v >> i32(16)) & i32(1))
+    return i32(i32(i32(v + i32(0x7FFF)) + even) >> i32(16))
+
+
+@kernel(*ENCODE)
+def encode_fp32(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: np.int32, shift: np.int32) -> int:
+    """fp32."""
+    bits = carray(pointer(x_at), blocks * 64, i32)
+    codes = carray(pointer(codes_at), blocks * 64, i32)
+    for b in range(blocks):
+        o = b * 64
+        if block_peak(bits, o) >= REFUSED:
+            return b
+        for i in range(64):
+            codes[o + i] = flushed(bits[o + i])
+    return -1
+
+
+@kernel(*ACCUMULATE)
+def accumulate_fp32(
+    scales_at: int, codes_at: int, blocks: int, weight: np.float32, keep: np.int32, acc_at: int, ahead_at: int
+) -> int:
+    """fp32."""
+    codes = carray(pointer(codes_at), blocks * 64, f32)
+    acc = carray(pointer(acc_at), blocks * 64, f32)
+    bits = carray(pointer(acc_at), blocks * 64, i32)
+    for b in range(blocks):
+        o = b * 64
+        fetch(ahead_at, b)
+        for i in range(64):
+            acc[o + i] = as_float(i32(bits[o + i] & keep)) + weight * codes[o + i]
+    return -1
+
+
+@kernel(*FEEDBACK)
+def feedback_fp32(
+    u_at: int,
+    scales_at: int,
+    codes_at: int,
+    residual_at: int,
+    theta_at: int,
+    blocks: int,
+    tie: np.int32,
+    shift: np.int32,
+) -> int:
+    """fp32."""
+    u = carray(pointer(u_at), blocks * 64, f32)
+    bits = carray(pointer(u_at), blocks * 64, i32)
+    codes = carray(pointer(codes_at), blocks * 64, i32)
+    residual = carray(pointer(residual_at), blocks * 64, f32)
+    theta = carray(pointer(theta_at), blocks * 64, f32)
+    for b in range(blocks):
+        o = b * 64
+        if block_peak(bits, o) >= REFUSED:
+            return b
+        for i in range(64):
+            code = flushed(bits[o + i])
+            codes[o + i] = code
+            residual[o + i] = u[o + i] - as_float(code)
+            theta[o + i] -= as_float(code)
+    return -1
+
+
+@kernel(*ENCODE)
+def encode_bf16(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: np.int32, shift: np.int32) -> int:
+    """bf16."""
+    bits = carray(pointer(x_at), blocks * 64, i32)
+    codes = carray(pointer(codes_at), blocks * 64, np.uint16)
+    for b in range(blocks):
+        o = b * 64
+        if block_peak(bits, o) >= REFUSED:
+            return b
+        for i in range(64):
+            codes[o + i] = bf16(bits[o + i])
+    return -1
+
+
+@kernel(*ACCUMULATE)
+def accumulate_bf16(
+    scales_at: int, codes_at: int, blocks: int, weight: np.float32, keep: np.int32, acc_at: int, ahead_at: int
+) -> int:
+    """bf16."""
+    codes = carray(pointer(codes_at), blocks * 64, np.uint16)
+    acc = carray(pointer(acc_at), blocks * 64, f32)
+    bits = carray(pointer(acc_at), blocks * 64, i32)
+    for b in range(blocks):
+        o = b * 64
+        fetch(ahead_at, b)
+        for i in range(64):
+            value = as_float(i32(i32(codes[o + i]) << i32(16)))
+            acc[o + i] = as_float(i32(bits[o + i] & keep)) + weight * value
+    return -1
+
+
+@kernel(*FEEDBACK)
+def feedback_bf16(
+    u_at: int,
+    scales_at: int,
+    codes_at: int,
+    residual_at: int,
+    theta_at: int,
+    blocks: int,
+    tie: np.int32,
+    shift: np.int32,
+) -> int:
+    """bf16."""
+    u = carray(pointer(u_at), blocks * 64, f32)
+    bits = carray(pointer(u_at), blocks * 64, i32)
+    codes = carray(pointer(codes_at), blocks * 64, np.uint16)
+    residual = carray(pointer(residual_at), blocks * 64, f32)
+    theta = carray(pointer(theta_at), blocks * 64, f32)
+    for b in range(blocks):
+        o = b * 64
+        if block_peak(bits, o) >= REFUSED:
+            return b
+        for i in range(64):
+            code = bf16(bits[o + i])
+            codes[o + i] = code
+            decoded = as_float(i32(code << i32(16)))
+            residual[o + i] = u[o + i] - decoded
+            theta[o + i] -= decoded
+    return -1
+
+
+@kernel(INT64, ADDRESS, ADDRESS, ADDRESS, INT64, FLOAT32, FLOAT32)
+def nesterov(acc_at: int, momentum_at: int, residual_at: int, blocks: int, mu: np.float32, lr: np.float32) -> int:
+    """m = mu*m + acc, flushed; acc = lr*(acc + mu*m) + residual."""
+    acc = carray(pointer(acc_at), blocks * 64, f32)
+    momentum = carray(pointer(momentum_at), blocks * 64, f32)
+    residual = carray(pointer(residual_at), blocks * 64, f32)
+    for i in range(blocks * 64):
+        m = as_float(flushed(as_bits(f32(mu * momentum[i] + acc[i]))))
+        momentum[i] = m
+        acc[i] = lr * (acc[i] + mu * m) + residual[i]
+    return -1
+
+
+@kernel(INT64, ADDRESS, ADDRESS, INT64, FLOAT32)
+def sgd(acc_at: int, residual_at: int, blocks: int, lr: np.float32) -> int:
+    """acc = lr*acc + residual."""
+    acc = carray(pointer(acc_at), blocks * 64, f32)
+    residual = carray(pointer(residual_at), blocks * 64, f32)
+    for i in range(blocks * 64):
+        acc[i] = lr * acc[i] + residual[i]
+    return -1
+
+
+@kernel(INT64, ADDRESS, INT64)
+def flush(x_at: int, blocks: int) -> int:
+    """In place; returns as encode does."""
+    bits = carray(pointer(x_at), blocks * 64, i32)
+    for b in range(blocks):
+        o = b * 64
+        if block_peak(bits, o) >= REFUSED:
+            return b
+        for i in range(64):
+            bits[o + i] = flushed(bits[o + i])
+    return -1
+
+
+@kernel(INT32, ADDRESS, INT64)
+def peak(x_at: int, blocks: int) -> np.int32:
+    """Bits of the largest magnitude; NaN and Inf come out above all numbers."""
+    bits = carray(pointer(x_at), blocks * 64, i32)
+    top = i32(0)
+    for b in range(blocks):
+        m = block_peak(bits, b * 64)
+        top = m if m > top else top
+    return top
+
+
+@kernel(INT32, ADDRESS, INT64, INT32)
+def widest_nibble(codes_at: int, blocks: int, q_max: np.int32) -> np.int32:
+    """The largest (code + q_max) mod 16 of blocks of nibbles: more than 2*q_max if one is out of range."""
+    codes = carray(pointer(codes_at), blocks * 32, np.uint8)
+    widest = i32(0)
+    for b in range(blocks):
+        p = b * 32
+        for j in range(32):
+            pair = i32(codes[p + j])
+            low = i32(i32(pair + q_max) & i32(15))
+            high = i32(i32(i32(pair >> i32(4)) + q_max) & i32(15))
+            low = high if high > low else low
+            widest = low if low > widest else widest
+    return widest
+
+
+@kernel(NOTHING, ADDRESS, INT64, ADDRESS)
+def add_squares(x_at: int, blocks: int, lanes_at: int) -> None:
+    """float64 lane j += the square of value j of each block, in the order of the blocks."""
+    x = carray(pointer(x_at), blocks * 64, f32)
+    lanes = carray(pointer(lanes_at), 64, np.float64)
+    for b in range(blocks):
+        o = b * 64
+        for j in range(64):
+            v = np.float64(x[o + j])
+            lanes[j] += v * v

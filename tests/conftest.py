@@ -1,0 +1,43 @@
+"""Shared fixtures: real workers as threads against a real server on loopback."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> None:
+    """Workers run side by side on few cores; intra-op threads would only fight."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def together() -> Callable[..., list[Any]]:
+    """Run functions of one argument, each on a thread with its index; results in order, first error raised."""
+
+    def run(count: int, target: Callable[[int], Any], timeout: float = 60.0) -> list[Any]:
+        results: list[Any] = [None] * count
+        errors: list[BaseException] = []
+
+        def body(index: int) -> None:
+            try:
+                results[index] = target(index)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=body, args=(i,), daemon=True) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout)
+        if errors:
+            raise errors[0]
+        assert not any(t.is_alive() for t in threads), "a worker did not finish in time"
+        return results
+
+    return run
