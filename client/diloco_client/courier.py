@@ -23,15 +23,11 @@ from diloco_proto.codec import (
     Encoded,
     Format,
     UnencodableValue,
-    decode,
     digest,
     encode_fragment,
     frame_checksum,
     pack_frames,
-    read_frame,
-    subtract,
 )
-from diloco_proto.codec.formats import BLOCK
 from diloco_proto.errors import ConnectionClosed, DilocoError
 from diloco_proto.wire import codec_to_pb
 
@@ -342,11 +338,7 @@ class Courier:
         values = theta.numpy()
         for item in items:
             try:
-                for data in item.frames:
-                    frame = read_frame(data)
-                    start, stop = frame.first_block * BLOCK, (frame.first_block + frame.num_blocks) * BLOCK
-                    operation = decode if item.kind == pb.ITEM_SNAPSHOT else subtract
-                    operation(frame.format, frame.scales, frame.codes, values[start:stop])
+                item.apply(values)
             except CorruptFrame as error:
                 log.warning("fragment %d: %s", fragment, error)
                 return None

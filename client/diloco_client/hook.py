@@ -169,6 +169,7 @@ class Outer:
         for fragment, base in enumerate(courier.bases):
             self._binding.adopt(fragment, base.theta)
             self._counted_until[fragment] = self._step
+            self._since_version[fragment] = base.version
 
     def close(self) -> None:
         """Leave the run without flushing; hooks are removed. Leaving the `with` block does it."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Encoded, Format, digest, frame_checksum, pack_frames, warm_up
-from diloco_proto.errors import DilocoError, ManifestMismatch, ServerUnreachable
+from diloco_proto.errors import DilocoError, InvalidContribution, ManifestMismatch, ServerUnreachable
 from diloco_proto.manifest import Layout, Pattern, build_layout
 
 from .binding import Binding
@@ -80,11 +80,7 @@ class Link:
         self._session.start()
         self._await(lambda: self._courier is not None, connect_timeout)
         warm_up({Format(self.settings.uplink_codec), Format(self.settings.downlink_codec), Format.FP32})
-        self._await(lambda: self._versions is not None or self._seed_wanted)
-        seeds: list[Base] = []
-        if self._versions is None:
-            seeds = self._seed()
-            self._await(lambda: self._versions is not None)
+        seeds = self._seed_if_asked()
         bases = [self._base(index, seeds) for index in range(len(self.layout.fragments))]
         for index, base in enumerate(bases):
             self._binding.adopt(index, base.theta)
@@ -116,6 +112,22 @@ class Link:
         self._transport.close()
 
     # -- joining --
+
+    def _seed_if_asked(self) -> list[Base]:
+        """Wait until the run has parameters, giving it this worker's when the server asks for them.
+
+        It may ask again, when the first attempt came to nothing. Returns what was given last.
+        """
+        seeds: list[Base] = []
+        while self._versions is None:
+            self._await(lambda: self._versions is not None or self._seed_wanted)
+            if self._seed_wanted and self._versions is None:
+                self._seed_wanted = False
+                try:
+                    seeds = self._seed()
+                except InvalidContribution as error:
+                    log.warning("this worker's seed is no longer wanted: %s", error)
+        return seeds
 
     def _seed(self) -> list[Base]:
         """Make this worker's parameters version 0 of the run."""

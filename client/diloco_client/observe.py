@@ -10,7 +10,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import BLOCK, CorruptFrame, decode, digest, read_frame
+from diloco_proto.codec import CorruptFrame, digest
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import ConnectionClosed, NotReady
 from diloco_proto.manifest import Fragment, Pattern, TensorSpec, build_layout
@@ -112,10 +112,7 @@ def _pull_snapshot(transport: Transport, run_id: str, fragment: Fragment) -> Flo
     items = transport.pull(pb.PullRequest(run_id=run_id, fragment=fragment.index, snapshot=True))
     values = np.empty(fragment.length, np.float32)
     try:
-        for data in items[-1].frames:
-            frame = read_frame(data)
-            start, stop = frame.first_block * BLOCK, (frame.first_block + frame.num_blocks) * BLOCK
-            decode(frame.format, frame.scales, frame.codes, values[start:stop])
+        items[-1].apply(values)
     except CorruptFrame as error:
         raise ConnectionClosed(f"the snapshot of fragment {fragment.index} is damaged: {error}") from error
     if digest(values) != items[-1].digest:

@@ -6,6 +6,7 @@ jitter; errors that the server names (`DilocoError`) are raised at once.
 
 from __future__ import annotations
 
+import logging
 import queue
 import random
 import threading
@@ -18,8 +19,11 @@ import grpc
 from diloco_proto import outer_pb2 as pb
 from diloco_proto import outer_pb2_grpc as rpc
 from diloco_proto.channel import CLIENT_OPTIONS, PUSH_WINDOW_FRAMES
+from diloco_proto.codec import BLOCK, CorruptFrame, decode, read_frame, subtract
+from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import (
     ConnectionClosed,
+    DilocoError,
     InvalidAddress,
     NotMember,
     NotReady,
@@ -29,6 +33,17 @@ from diloco_proto.errors import (
 from diloco_proto.wire import error_from_rpc
 
 T = TypeVar("T")
+
+log = logging.getLogger("diloco")
+
+_FINAL = (
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+"""Statuses that gRPC itself gives for what no new attempt can mend, such as a message over the limit."""
 
 RETRY_LATER = (ConnectionClosed, NotMember, NotReady, SnapshotExpired)
 """What the server may answer although the same call can succeed later."""
@@ -94,6 +109,23 @@ class PulledItem:
     frames: list[bytes] = field(default_factory=list)
     nbytes: int = 0
     """Bytes of the messages that brought it."""
+
+    def apply(self, theta: Floats) -> None:
+        """Bring a fragment's parameters, float32[length], to this item's version, in place.
+
+        Raises CorruptFrame unless the frames are whole and cover the fragment in order; theta is of no use then.
+        """
+        operation = decode if self.kind == pb.ITEM_SNAPSHOT else subtract
+        end = 0
+        for data in self.frames:
+            frame = read_frame(data)
+            stop = end + frame.num_blocks * BLOCK
+            if frame.first_block * BLOCK != end or stop > theta.size:
+                raise CorruptFrame(f"a frame begins at block {frame.first_block}, not at {end // BLOCK}")
+            operation(frame.format, frame.scales, frame.codes, theta[end:stop])
+            end = stop
+        if end != theta.size:
+            raise CorruptFrame(f"the frames end at block {end // BLOCK} of {theta.size // BLOCK}")
 
 
 class Transport:
@@ -179,7 +211,8 @@ class Transport:
         while True:
             try:
                 return attempt()
-            except (ConnectionError, *RETRY_LATER):
+            except (ConnectionError, *RETRY_LATER) as error:
+                log.info("a transfer to or from %s broke off and is tried again: %s", self.address, error)
                 if self.closed.wait(self.retry.pause(count)):
                     raise
                 count += 1
@@ -309,5 +342,9 @@ class _PullReader:
 
 
 def _translate(error: grpc.RpcError) -> Exception:
-    """A typed error of the server, or ConnectionError."""
-    return error_from_rpc(error) or ConnectionError(f"{error.code().name}: {error.details()}")
+    """A typed error of the server, ConnectionError for what a new attempt may mend, or else DilocoError."""
+    named = error_from_rpc(error)
+    if named is not None:
+        return named
+    text = f"{error.code().name}: {error.details()}"
+    return DilocoError(f"the server refused the call: {text}") if error.code() in _FINAL else ConnectionError(text)
