@@ -33,11 +33,13 @@ def flat(values: Sequence[float] | Floats) -> Floats:
 
 
 def encoded_fp32(values: Floats) -> Encoded:
+    """Any bits: nothing is checked."""
     return Encoded(Format.FP32, np.empty(0, np.uint8), values.view(np.uint8))
 
 
-def frames_of(values: Sequence[float] | Floats, fmt: Format = Format.FP32) -> list[bytes]:
-    return pack_frames(encode_fragment(fmt, flat(values)))
+def frames_of(values: Sequence[float] | Floats, fmt: Format = Format.FP32, first_block: int = 0) -> list[bytes]:
+    padded = flat(values)
+    return pack_frames(encoded_fp32(padded) if fmt is Format.FP32 else encode_fragment(fmt, padded), first_block)
 
 
 def hello(worker_id: str, manifest: Manifest, *, generation: int = 1, run_id: str = "") -> pb.Hello:
@@ -50,7 +52,9 @@ def hello(worker_id: str, manifest: Manifest, *, generation: int = 1, run_id: st
     )
 
 
-def header(worker_id: str, fragment: int, frames: Iterable[bytes], num_blocks: int, **changes: object) -> pb.PushHeader:
+def header(
+    worker_id: str, fragment: int, frames: Iterable[bytes], num_blocks: int, /, **changes: object
+) -> pb.PushHeader:
     """Of a contribution in fp32 against version 0, of one token and step, unless `changes` say otherwise."""
     settings = {
         "worker_id": worker_id,

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Format, warm_up
+from diloco_proto.codec import Format
 from diloco_proto.errors import ConnectionClosed, DilocoError, Superseded
 
 from .members import Member
+from .outer import warm_up
 from .parameters import Snapshot
 from .rounds import Close
 from .run import Run
@@ -91,7 +92,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         try:
             async with self.fragment_lock(close.fragment):
-                committed = await loop.run_in_executor(self.threads, self.run.commit, close)
+                committed = await loop.run_in_executor(self.threads, self.run.commit, close, self.threads)
                 self.run.publish(committed, self.clock())
             if (task := asyncio.current_task()) is not None:
                 self._commits.discard(task)

@@ -13,7 +13,9 @@ becomes zero. The bits do not depend on the number of threads or on how the work
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Final
@@ -28,8 +30,8 @@ from diloco_proto.codec.plain import nesterov, sgd
 
 LIMIT: Final = 2.0**126
 """No value of the state may reach it: no format could hold it."""
-STEP: Final = 64
-"""Blocks that go through all stages together: 4096 values, 16 KiB of float32, stay in the first level cache."""
+STEP: Final = 12
+"""Blocks that go through all stages together: 768 values, of which all arrays fit in the first level cache."""
 TASK: Final = 1 << 14
 """Blocks a thread takes at a time: a million values, about a millisecond."""
 
@@ -103,7 +105,7 @@ def commit(
 
     Contributions cover the fragment, are legal (`codec.validate`, as every frame read is) and may be in
     different formats. Their order matters to the last bit: the caller sorts them. Weights are >= 0 and not all
-    zero. With `threads` the work is spread over the executor's threads; call from outside of it.
+    zero. With `threads` the executor's idle threads help; the caller may be one of them.
 
     Raises UnencodableValue, before anything of the state has changed, if the step would make a value of the
     state or of the update NaN, infinite or of magnitude 2^126 or more; its index is that of the first such
@@ -121,13 +123,34 @@ def commit(
         bounds = state.measure().after(mean, mu, settings.lr)
     certain = bounds.safe()
     starts = range(0, step.num_blocks, TASK)
-    run_all = map if threads is None else threads.map
     if not certain:
         for start in starts:
             step.rehearse(start)
-    list(run_all(step.run, starts))
+    _spread(step.run, starts, threads)
     state.bounds = bounds if certain else None
     return step.update
+
+
+def _spread(work: Callable[[int], None], starts: Sequence[int], threads: Executor | None) -> None:
+    """Call work(start) for each start, here and on threads that are free. It cannot wait for one that is not."""
+    todo = deque(starts)
+
+    def drain() -> None:
+        while True:
+            try:
+                start = todo.popleft()
+            except IndexError:
+                return
+            work(start)
+
+    count = 0 if threads is None else min(len(starts), os.cpu_count() or 1) - 1
+    helpers = [threads.submit(drain) for _ in range(count)] if threads is not None else []
+    try:
+        drain()
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
 
 
 def coefficients(weights: Sequence[float]) -> list[np.float32]:
@@ -286,7 +309,7 @@ def _commit_blocks(
     is 0 for sgd; `feedback` and `optimizer` are addresses of kernels; scratch: float32[64*STEP]. Returns the
     first block whose u is refused, or -1.
 
-    While contributions are decoded, which takes little from memory, the state's blocks are prefetched.
+    While contributions are decoded, which takes little from memory, the state of the next step is prefetched.
     """
     sources = carray(pointer(sources_at), (count, 5), np.int64)
     coefs = carray(pointer(coefficients_at), count, np.float32)
@@ -294,8 +317,9 @@ def _commit_blocks(
         some = min(STEP, blocks - b)
         theta, residual = theta_at + b * 256, residual_at + b * 256
         momentum = momentum_at + b * 256 if momentum_at != 0 else residual
+        next_step = STEP * 256 if b + 2 * STEP <= blocks else 0
         for i in range(count):
-            ahead = momentum if i % 3 == 0 else (residual if i % 3 == 1 else theta)
+            ahead = next_step + (momentum if i % 3 == 0 else (residual if i % 3 == 1 else theta))
             scales = sources[i, 1] + (start + b) * sources[i, 3]
             codes = sources[i, 2] + (start + b) * sources[i, 4]
             keep = np.int32(0) if i == 0 else np.int32(-1)

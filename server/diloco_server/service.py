@@ -117,6 +117,8 @@ class Service:
             offer(queue, None)
         except DilocoError as error:
             offer(queue, error)
+        except grpc.aio.BaseError:
+            offer(queue, None)  # the stream is over
         except Exception:
             log.exception("the session of worker %r failed; please report this", member.worker_id)
             offer(queue, DilocoError("the server failed on a message of this worker; its log says why"))

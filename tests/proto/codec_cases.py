@@ -32,7 +32,7 @@ def vectors(draw: st.DrawFn, max_blocks: int = 3) -> Floats:
     x = np.empty((blocks, BLOCK))
     for row in x:
         row[:] = _block(
-            draw(st.sampled_from(["normal", "ties", "constant", "zero", "sparse", "bits"])), draw(scales), rng
+            draw(st.sampled_from(["normal", "ties", "grid", "constant", "zero", "sparse", "bits"])), draw(scales), rng
         )
     flat = x.ravel()
     for value in draw(st.lists(single_values, max_size=4)):
@@ -46,6 +46,9 @@ def _block(kind: str, exponent: int, rng: np.random.Generator) -> np.ndarray:
         return rng.standard_normal(BLOCK) * unit
     if kind == "ties":
         return rng.choice([-1, 1], BLOCK) * rng.choice(TIES, BLOCK) * unit
+    if kind == "grid":  # multiples of a small step: ties of every format, bf16's too
+        step = rng.choice([8, 32, 256])
+        return rng.integers(-5 * step, 5 * step, BLOCK, endpoint=True) / step * unit
     if kind == "constant":
         return np.full(BLOCK, rng.standard_normal() * unit)
     if kind == "sparse":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from codec_cases import BELOW_LIMIT, legal_codes, vectors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -263,3 +264,25 @@ def test_result_does_not_depend_on_cuts(fmt: Format) -> None:
         assert encode(fmt, x[first * 64 : last * 64], scales, _cut(parts.codes, first, last, spec.code_bytes)) == -1
     assert same(whole.scales, parts.scales)
     assert same(whole.codes, parts.codes)
+
+
+@FORMATS
+@given(u=vectors(), seed=st.integers(0, 100))
+def test_denormal_settings_do_not_matter(fmt: Format, u: Floats, seed: int) -> None:
+    """What is published, and theta after it, are the same where denormals are taken for zeros."""
+    theta = (np.random.default_rng(seed).standard_normal(u.size) * 2.0**-99).astype(np.float32)
+    assert flush_(theta) == -1
+    results = []
+    for zero in (False, True):
+        out, residual, new = kernels.empty_encoded(fmt, u.size // BLOCK), np.empty_like(u), theta.copy()
+        if not torch.set_flush_denormal(zero):
+            pytest.skip("this processor has no such setting")
+        try:
+            assert encode_feedback(fmt, u, out.scales, out.codes, residual, new) == -1
+            applied = theta.copy()
+            subtract(fmt, out.scales, out.codes, applied)
+        finally:
+            torch.set_flush_denormal(False)
+        assert same(applied, new)
+        results.append((out.scales.tobytes(), out.codes.tobytes(), new.tobytes()))
+    assert results[0] == results[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diloco_proto.codec import BLOCK
@@ -46,6 +46,7 @@ def names_of(layout: Layout) -> list[list[str]]:
     return [[s.tensor.name for s in f.slots] for f in layout.fragments]
 
 
+@settings(deadline=None)
 @given(manifests(), counts, patterns)
 def test_every_tensor_has_one_place(manifest: Manifest, count: int, pattern: Pattern) -> None:
     layout = build_layout(manifest, count, pattern)
@@ -67,6 +68,7 @@ def test_every_tensor_has_one_place(manifest: Manifest, count: int, pattern: Pat
         assert fragment.parameters == sum(s.tensor.numel for s in fragment.slots)
 
 
+@settings(deadline=None)
 @given(manifests(), counts, patterns)
 def test_trained_fragments_come_first_and_frozen_tensors_share_the_last(
     manifest: Manifest, count: int, pattern: Pattern
@@ -79,6 +81,7 @@ def test_trained_fragments_come_first_and_frozen_tensors_share_the_last(
     assert [f.role for f in rest] == [Role.FROZEN] * (number < len(manifest.tensors))
 
 
+@settings(deadline=None)
 @given(manifests(), st.lists(st.tuples(counts, patterns), min_size=2, max_size=2))
 def test_equal_fingerprints_mean_equal_layouts(manifest: Manifest, cuts: list[tuple[int, Pattern]]) -> None:
     one, other = (build_layout(manifest, *cut) for cut in cuts)
@@ -88,6 +91,7 @@ def test_equal_fingerprints_mean_equal_layouts(manifest: Manifest, cuts: list[tu
     assert again.fingerprint == one.fingerprint < 1 << 64
 
 
+@settings(deadline=None)
 @given(manifests(), counts, patterns, st.data())
 def test_the_fingerprint_notices_any_change_of_a_tensor(
     manifest: Manifest, count: int, pattern: Pattern, data: st.DataObject
@@ -108,6 +112,7 @@ def test_the_fingerprint_notices_any_change_of_a_tensor(
     assert manifest.first_difference(manifest) is None
 
 
+@settings(deadline=None)
 @given(manifests(), counts)
 def test_balanced_fragments_differ_by_no_more_than_the_largest_tensor(manifest: Manifest, count: int) -> None:
     layout = build_layout(manifest, count, Pattern.BALANCED)
@@ -115,6 +120,7 @@ def test_balanced_fragments_differ_by_no_more_than_the_largest_tensor(manifest: 
     assert max(sizes) - min(sizes) <= max(t.numel for t in manifest.tensors if t.role is Role.TRAINED)
 
 
+@settings(deadline=None)
 @given(manifests(), counts, patterns, st.data())
 def test_tensor_at_finds_the_tensor_of_a_value(
     manifest: Manifest, count: int, pattern: Pattern, data: st.DataObject

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -46,6 +47,17 @@ def test_compiles_without_a_place_for_the_cache() -> None:
     exec("def double(x):\n    return x + x\n", namespace)  # has no file: numba finds no cache locator
     double = kernel(FLOAT32, FLOAT32)(namespace["double"])  # type: ignore[arg-type]
     assert double(np.float32(1.5)) == 3.0
+
+
+def test_threads_share_one_compilation() -> None:
+    def half(x: float) -> float:
+        return x * np.float32(0.5)
+
+    fresh = kernel(FLOAT32, FLOAT32)(half)
+    with ThreadPoolExecutor(4) as pool:
+        addresses = set(pool.map(lambda _: fresh.address, range(8)))
+    assert len(addresses) == 1
+    assert fresh(3.0) == 1.5
 
 
 def test_a_wrong_kernel_fails_loudly() -> None:

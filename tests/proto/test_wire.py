@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diloco_proto import outer_pb2 as pb
@@ -25,6 +25,7 @@ tensors = st.builds(
 one_trained = TensorSpec("", (), "float32", Role.TRAINED)
 
 
+@settings(deadline=None)
 @given(st.lists(tensors, max_size=6, unique_by=lambda t: t.name))
 def test_a_manifest_arrives_as_it_was(found: list[TensorSpec]) -> None:
     manifest = Manifest((one_trained, *found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -26,10 +26,11 @@ from diloco_proto.codec.pieces import (
     u8,
 )
 
-HALF = i32(126 << 23)
-QUARTER = i32(125 << 23)
-ONE = i32(127 << 23)
-NO_BLOCK = i32(255 << 23)
+HALF: Final = i32(126 << 23)
+QUARTER: Final = i32(125 << 23)
+ONE: Final = i32(127 << 23)
+ABOVE_ALL: Final = i32(255 << 23)
+E3M0_BIAS: Final = f32(2.0**120)
 
 
 @inlined
@@ -49,7 +50,7 @@ def e3m0_scale(top: np.int32) -> np.int32:
 @inlined
 def e3m0_half(scale: np.int32) -> np.int32:
     """Bits of half the smallest code: nothing at or under it is more than zero."""
-    return i32(i32(scale - i32(7)) << i32(23)) if scale > i32(0) else NO_BLOCK
+    return i32(i32(scale - i32(7)) << i32(23)) if scale > i32(0) else ABOVE_ALL
 
 
 @inlined
@@ -73,10 +74,9 @@ def e3m0_value(code: np.int32, half: np.int32) -> Any:
 
 @inlined
 def e3m0_unit(code: np.int32) -> Any:
-    """2^(c - 7) with its sign; zero for c = 0. Bits of the code above the fourth do not matter."""
-    c = i32(code & i32(7))
-    magnitude = i32(i32(c + i32(120)) << i32(23)) if c > i32(0) else i32(0)
-    return as_float(i32(magnitude | i32(i32(code << i32(28)) & SIGN)))
+    """2^(c - 7) with its sign; zero for c = 0. As a float's exponent c means 2^(c - 127), or zero."""
+    magnitude = i32(i32(code & i32(7)) << i32(23))
+    return as_float(i32(magnitude | i32(i32(code << i32(28)) & SIGN))) * E3M0_BIAS
 
 
 @inlined

@@ -13,8 +13,8 @@ edits a piece shared between files (here, `pieces`) must touch the files that us
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import numba
@@ -49,34 +49,37 @@ class Kernel:
     def __init__(self, function: Callable[..., Any], returns: Any, arguments: tuple[Any, ...]) -> None:
         self._function = function
         self._signature = returns(*arguments)
+        self._lock = threading.Lock()
+        self._compiled: Any = None  # owns the machine code: must outlive every use of its address
         self.__name__ = function.__name__
         self.__doc__ = function.__doc__
-
-    @cached_property
-    def _compiled(self) -> Any:
-        try:
-            return _numba.cfunc(self._signature, cache=True, **_OPTIONS)(self._function)
-        except RuntimeError as error:
-            if "no locator available" not in str(error):
-                raise
-            return _numba.cfunc(self._signature, **_OPTIONS)(self._function)
-
-    @cached_property
-    def _entry(self) -> Callable[..., Any]:
-        entry: Callable[..., Any] = self._compiled.ctypes
-        return entry
 
     @property
     def address(self) -> int:
         """Where the machine code begins."""
-        return int(self._compiled.address)
+        return int(self._code().address)
 
     def assembly(self) -> str:
         """The machine code as text, for the tests that look for contracted arithmetic. Compiles anew."""
-        return str(_numba.cfunc(self._signature, **_OPTIONS)(self._function)._library.get_asm_str())
+        return str(self._compile(cache=False)._library.get_asm_str())
 
     def __call__(self, *arguments: float) -> Any:
-        return self._entry(*arguments)
+        return self._code().ctypes(*arguments)
+
+    def _code(self) -> Any:
+        if self._compiled is None:
+            with self._lock:  # numba compiles one at a time anyway; this is so that only one result is used
+                if self._compiled is None:
+                    self._compiled = self._compile(cache=True)
+        return self._compiled
+
+    def _compile(self, cache: bool) -> Any:
+        try:
+            return _numba.cfunc(self._signature, cache=cache, **_OPTIONS)(self._function)
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+            return self._compile(cache=False)
 
 
 def kernel(returns: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Kernel]:

@@ -1,0 +1,271 @@
+"""theta as its readers see it: one version at a time, bit for bit, while commits go on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from raw_worker import encoded_fp32, flat, manifest_of
+
+from diloco_proto import outer_pb2 as pb
+from diloco_proto.codec import BLOCK, decode, digest, encode_fragment, read_frame, subtract
+from diloco_proto.codec.formats import Floats
+from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
+from diloco_proto.manifest import Layout, Pattern, build_layout
+from diloco_server import RunConfig
+from diloco_server.parameters import KEPT_UPDATES, Parameters, Snapshot, snapshot_frames, snapshot_item
+
+SIZE = 600_000
+"""Values: three frames of a snapshot."""
+
+
+def layout_of(*sizes: int, frozen: int = 0) -> Layout:
+    return build_layout(manifest_of(*sizes, frozen=frozen), len(sizes), Pattern.STRIDED)
+
+
+def noise(seed: int, size: int = SIZE) -> Floats:
+    return flat(np.random.default_rng(seed).standard_normal(size).astype(np.float32))
+
+
+def seeded(size: int = SIZE, **changes) -> Parameters:
+    config = RunConfig(**({"downlink_codec": "int4"} | changes))
+    parameters = Parameters(layout_of(size), config.outer_settings())
+    parameters.seed(0, noise(0, size))
+    return parameters
+
+
+def step(parameters: Parameters, seed: int, size: int = SIZE) -> None:
+    payload = encode_fragment(RunConfig().uplink, noise(seed, size))
+    update, counted = parameters.commit(0, [payload], [1.0])
+    assert counted
+    parameters.publish(0, update)
+
+
+def theta(parameters: Parameters) -> Floats:
+    """As a reader gets it."""
+    snapshot = parameters.pin(0)
+    try:
+        return read(snapshot, snapshot_frames(snapshot, 0))
+    finally:
+        parameters.unpin(snapshot)
+
+
+def read(snapshot: Snapshot, messages: Iterator[bytes], out: Floats | None = None) -> Floats:
+    out = np.full(snapshot.num_blocks * BLOCK, np.nan, np.float32) if out is None else out
+    for message in messages:
+        frame = read_frame(pb.PullReply.FromString(message).frame)
+        start = frame.first_block * BLOCK
+        decode(frame.format, frame.scales, frame.codes, out[start : start + frame.num_blocks * BLOCK])
+    return out
+
+
+def alive(arrays: list[weakref.ref]) -> int:
+    return len({id(a) for a in (ref() for ref in arrays) if a is not None})
+
+
+# -- seeding --
+
+
+def test_the_seed_is_version_0() -> None:
+    parameters = seeded()
+    assert parameters.version(0) == 0
+    assert np.array_equal(theta(parameters), noise(0))
+    assert parameters.digest(0) == digest(noise(0))
+    assert parameters.updates_since(0, 0) == []
+    assert parameters.last_update_bytes(0) == 0
+
+
+def test_tiny_magnitudes_are_flushed_when_theta_is_seeded() -> None:
+    parameters = seeded(64)
+    parameters.seed(0, flat([2.0**-101, -(2.0**-120), 2.0**-100, -0.0, 1.0]))
+    assert theta(parameters).tolist()[:5] == [0.0, 0.0, 2.0**-100, 0.0, 1.0]
+    assert not np.signbit(theta(parameters)).any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**126])
+def test_a_seed_that_cannot_be_names_the_tensor(bad: float) -> None:
+    config = RunConfig(num_fragments=1)
+    manifest = manifest_of(100, 30)
+    parameters = Parameters(build_layout(manifest, 1, Pattern.STRIDED), config.outer_settings())
+    values = flat(np.zeros(192))
+    parameters.seed(0, values + 1)
+    values[128 + 29] = bad
+    with pytest.raises(NonFiniteParameter, match=r"tensor 'layers\.1\.weight'"):
+        parameters.seed(0, values)
+    assert theta(parameters).tolist() == [1.0] * 192
+
+
+def test_a_frozen_fragment_is_read_like_the_others() -> None:
+    parameters = Parameters(layout_of(10, frozen=5), RunConfig().outer_settings())
+    parameters.seed(1, flat([1, 2, 3, 4, 5]))
+    assert [v.version for v in parameters.versions()] == [0, 0]
+    snapshot = parameters.pin(1)
+    assert read(snapshot, snapshot_frames(snapshot, 0)).tolist()[:5] == [1, 2, 3, 4, 5]
+
+
+# -- updates --
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "bf16", "int8", "int4", "int3", "e3m0", "mxfp4"])
+def test_whoever_subtracts_the_updates_has_theta_bit_for_bit(fmt: str) -> None:
+    parameters = seeded(1000, downlink_codec=fmt)
+    mine = theta(parameters)
+    for version in range(3):
+        step(parameters, version, 1000)
+        (update,) = parameters.updates_since(0, version) or ()
+        assert (update.item.version, update.item.kind) == (version + 1, pb.ITEM_UPDATE)
+        assert update.item.frames == len(update.messages)
+        for message in update.messages:
+            frame = read_frame(pb.PullReply.FromString(message).frame)
+            start = frame.first_block * BLOCK
+            subtract(frame.format, frame.scales, frame.codes, mine[start : start + frame.num_blocks * BLOCK])
+        assert update.digest == parameters.digest(0) == digest(mine)
+        assert np.array_equal(theta(parameters).view(np.uint32), mine.view(np.uint32))
+        assert parameters.last_update_bytes(0) == sum(map(len, update.messages))
+
+
+def test_updates_are_kept_for_a_while() -> None:
+    parameters = seeded(1000)
+    for version in range(KEPT_UPDATES + 3):
+        step(parameters, version, 1000)
+    now = parameters.version(0)
+    assert now == KEPT_UPDATES + 3
+    assert parameters.updates_since(0, now) == []
+    for behind in range(1, KEPT_UPDATES + 1):
+        versions = [u.version for u in parameters.updates_since(0, now - behind) or ()]
+        assert versions == list(range(now - behind + 1, now + 1))
+    assert parameters.updates_since(0, now - KEPT_UPDATES - 1) is None
+    assert parameters.updates_since(0, now + 1) is None, "a reader of another past takes a snapshot"
+
+
+def test_a_committed_step_is_not_seen_before_it_is_published() -> None:
+    parameters = seeded(1000)
+    before = parameters.versions()
+    update, _ = parameters.commit(0, [encode_fragment(RunConfig().uplink, noise(1, 1000))], [1.0])
+    assert parameters.versions() == before
+    assert parameters.updates_since(0, 0) == []
+    parameters.publish(0, update)
+    assert parameters.version(0) == 1
+    assert parameters.digest(0) == update.digest != before[0].digest
+
+
+# -- a round that overflows --
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "sgd"])
+@pytest.mark.parametrize("fmt", ["fp32", "int4", "bf16", "e3m0"])
+def test_a_round_that_overflows_is_void_and_leaves_everything_as_it_was(fmt: str, optimizer: str) -> None:
+    hit, spared = (seeded(1000, downlink_codec=fmt, outer_optimizer=optimizer, outer_lr=100.0) for _ in range(2))
+    for parameters in (hit, spared):
+        step(parameters, 1, 1000)
+    before = theta(hit)
+    huge = np.zeros(1024, np.float32)
+    huge[700] = 2.0**125
+    payloads = [encoded_fp32(noise(2, 1000)), encoded_fp32(huge)]
+    update, counted = hit.commit(0, payloads, [1.0, 1.0])
+    hit.publish(0, update)
+    assert not counted
+    assert hit.version(0) == 2
+    assert hit.digest(0) == spared.digest(0)
+    assert np.array_equal(theta(hit).view(np.uint32), before.view(np.uint32))
+    mine = before.copy()
+    for message in update.messages:
+        frame = read_frame(pb.PullReply.FromString(message).frame)
+        subtract(frame.format, frame.scales, frame.codes, mine)
+    assert np.array_equal(mine.view(np.uint32), before.view(np.uint32)), "the published update is zero"
+    for parameters in (hit, spared):  # momentum and residual are untouched too
+        step(parameters, 3, 1000)
+    assert hit.digest(0) == spared.digest(0)
+
+
+# -- readers --
+
+
+def test_a_reader_sees_one_version_while_commits_go_on() -> None:
+    parameters = seeded()
+    expected = theta(parameters)
+    snapshot = parameters.pin(0)
+    messages = snapshot_frames(snapshot, 0)
+    mine = read(snapshot, iter([next(messages)]))
+    with ThreadPoolExecutor(1) as threads:  # as the server does
+        threads.submit(step, parameters, 1).result()
+    read(snapshot, messages, mine)
+    assert np.array_equal(mine, expected)
+    assert snapshot_item(snapshot, 0).digest == digest(mine)
+    parameters.unpin(snapshot)
+    assert not np.array_equal(theta(parameters), expected)
+
+
+def test_a_snapshot_is_resumed_at_a_frame() -> None:
+    parameters = seeded()
+    snapshot = parameters.pin(0)
+    whole = list(snapshot_frames(snapshot, 0))
+    assert [snapshot_item(snapshot, skip).frames for skip in range(5)] == [3, 2, 1, 0, 0]
+    for skip in range(5):
+        assert list(snapshot_frames(snapshot, skip)) == whole[skip:]
+
+
+def test_readers_of_one_version_share_one_copy() -> None:
+    parameters = seeded()
+    first = parameters.pin(0)
+    assert parameters.pin(0) is first
+    parameters.unpin(first)
+    step(parameters, 1)
+    assert np.array_equal(read(first, snapshot_frames(first, 0)), noise(0)), "the other one still reads it"
+
+
+def test_a_reader_that_stands_still_expires_and_its_copy_is_freed() -> None:
+    parameters = seeded()
+    slow = parameters.pin(0)
+    messages = snapshot_frames(slow, 0)
+    next(messages)
+    copy = weakref.ref(slow.theta)
+    step(parameters, 1)
+    assert copy() is not None
+    second = parameters.pin(0)
+    step(parameters, 2)
+    assert copy() is None, "memory must not depend on how many slow readers there are"
+    with pytest.raises(SnapshotExpired, match="version 0 of fragment 0 was overtaken"):
+        next(messages)
+    with pytest.raises(SnapshotExpired):
+        next(snapshot_frames(slow, 0))
+    parameters.unpin(slow)
+    read(second, snapshot_frames(second, 0))
+    parameters.unpin(second)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(["pin", "pin", "read", "commit", "commit", "unpin"]), max_size=25), st.data())
+def test_any_readers_at_any_time(actions: list[str], data: st.DataObject) -> None:
+    parameters = seeded(100, downlink_codec="fp32")
+    versions = [theta(parameters)]
+    held: list[Snapshot] = []
+    copies: list[weakref.ref] = []
+    for action in actions:
+        if action == "pin":
+            held.append(parameters.pin(0))
+            assert held[-1].version == len(versions) - 1
+            copies.append(weakref.ref(held[-1].theta))
+        elif action == "commit":
+            step(parameters, len(versions), 100)
+            versions.append(theta(parameters))
+        elif held:
+            snapshot = held.pop(data.draw(st.integers(0, len(held) - 1)))
+            try:
+                assert np.array_equal(read(snapshot, snapshot_frames(snapshot, 0)), versions[snapshot.version])
+            except SnapshotExpired:
+                assert snapshot.version < len(versions) - 2
+            if action == "read":
+                held.append(snapshot)
+            else:
+                parameters.unpin(snapshot)
+            snapshot = None  # or this test would keep its array alive
+        assert alive(copies) <= 2, "theta, and one copy of an older version"
+    while held:
+        parameters.unpin(held.pop())
+    assert alive(copies) <= 1
