@@ -50,7 +50,7 @@ class Report:
     seconds: float
     """The whole demo, from start to report."""
     global_curve: dict[int, float]
-    """Step -> validation loss of θ, on fewer windows."""
+    """Step -> validation loss of θ."""
     alone_curve: dict[int, float]
 
     def to_json(self) -> str:

@@ -37,10 +37,8 @@ FINAL_LEARNING_RATE = 0.1
 """Share of the peak that is left at the last step."""
 CURVE_POINTS = 8
 """How often the validation loss is taken on the way."""
-CURVE_WINDOWS = 128
-"""Validation windows at each of these points, all workers together."""
-FINAL_WINDOWS = 1024
-"""Validation windows of the losses in the report, all workers together."""
+VALIDATION_WINDOWS = 768
+"""Validation windows, the same ones for every loss in the report, all workers together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,21 +95,18 @@ class Evaluator:
         # The workers share the windows out, so that evaluating θ holds none of them up more than the others;
         # the parent takes the mean. The lone worker has all of them to itself.
         part = slice(None) if task.alone else slice(task.index, None, task.workers)
-        self._batches = {
-            count: [x[part] for x in corpus.spread(data, size=count, context=CONTEXT)]
-            for count in (CURVE_WINDOWS, FINAL_WINDOWS)
-        }
+        tokens, targets = corpus.spread(data, size=VALIDATION_WINDOWS, context=CONTEXT)
+        self._tokens, self._targets = tokens[part], targets[part]
 
     @torch.no_grad()
-    def loss(self, state: Mapping[str, Tensor], windows: int) -> dict[str, float]:
-        """Mean loss in nats a byte over this process' part of `windows`, and how many windows that is."""
+    def loss(self, state: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean loss in nats a byte over this process' part of the windows, and how many windows that is."""
         self._model.load_state_dict(state)
-        tokens, targets = self._batches[windows]
         total = 0.0
         # Few at a time: the activations stay in the processor's cache.
-        for x, y in zip(torch.split(tokens, 64), torch.split(targets, 64), strict=True):
+        for x, y in zip(torch.split(self._tokens, 64), torch.split(self._targets, 64), strict=True):
             total += self._model(x, y).item() * len(x)
-        return {"loss": total / len(tokens), "windows": len(tokens)}
+        return {"loss": total / len(self._tokens), "windows": len(self._tokens)}
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -204,7 +199,7 @@ def reporter(task: Task, parent: Parent, evaluator: Evaluator, side: Alone | Joi
     def report(step: int, loss: float) -> None:
         parent.send("step", step=step, loss=loss, seconds=time.monotonic() - started, **side.traffic())
         if step % every == 0:
-            parent.send("curve", step=step, **evaluator.loss(side.state(), CURVE_WINDOWS))
+            parent.send("curve", step=step, **evaluator.loss(side.state()))
 
     return report
 
@@ -217,7 +212,7 @@ def take_part(task: Task, parent: Parent) -> None:
     evaluator = Evaluator(task, text.validation)
     model, optimizer = build(task.seed)
     if not task.alone:  # the same model everywhere: the workers' parts are enough
-        loss = evaluator.loss(model.state_dict(), FINAL_WINDOWS)
+        loss = evaluator.loss(model.state_dict())
         parent.send("initial", parameters=count_parameters(model), **loss)
     address = parent.receive()
     with ExitStack() as stack:
@@ -232,7 +227,7 @@ def take_part(task: Task, parent: Parent) -> None:
         # Taken before the end: waiting for the slowest worker's last step is no stall of the training.
         trained = {"seconds": time.monotonic() - started, "stall": side.traffic()["stall"]}
         finished = side.finish()
-        final = evaluator.loss(side.state(), FINAL_WINDOWS)
+        final = evaluator.loss(side.state())
         parent.send("done", **side.traffic() | trained | finished | final)
 
 
