@@ -4,35 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 
 def status_view(values: dict[str, Any]) -> RenderableType:
-    """Two tables, workers and fragments, under one line about the run."""
+    """Two tables, workers and fragments, under a few lines about the run."""
     config = values["config"]
     hours = max(values["uptime_seconds"], 1e-9) / 3600
     head = (
         f"run [bold]{values['run_id']}[/bold]  {values['state']}  up {_duration(values['uptime_seconds'])}  "
-        f"{values['parameters'] / 1e6:.2f} M parameters  {values['rounds']} rounds ({values['rounds'] / hours:.0f}/h)  "
+        f"{_count(values['parameters'])} parameters\n"
+        f"{values['rounds']} rounds ({values['rounds'] / hours:.0f} an hour)  "
         f"in {_size(values['bytes_in'])}  out {_size(values['bytes_out'])}\n"
-        f"H={config['sync_every']} P={config['num_fragments']} τ={config['overlap_steps']} α={config['mixing_alpha']}  "
-        f"{config['outer_optimizer']} η={config['outer_lr']} μ={config['outer_momentum']}  "
-        f"{config['uplink_codec']} up, {config['downlink_codec']} down"
+        f"H={config['sync_every']} P={config['num_fragments']} τ={config['overlap_steps']} "
+        f"α={config['mixing_alpha']}  {config['outer_optimizer']} η={config['outer_lr']} "
+        f"μ={config['outer_momentum']}  {config['uplink_codec']} up, {config['downlink_codec']} down"
     )
     return Group(head, _workers(values["workers"]), _fragments(values["fragments"]))
 
 
+def _table(*left: str, right: tuple[str, ...] = (), last: tuple[str, ...] = ()) -> Table:
+    """A table that fits 80 columns: text to the left, numbers to the right, then more text."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in last:
+        table.add_column(name, overflow="fold")
+    return table
+
+
 def _workers(workers: list[dict[str, Any]]) -> Table:
-    table = Table("worker", "state", title="workers", title_justify="left")
-    for name in ("seen", "step", "steps/s", "stalled", "up", "down", "counted", "not"):
-        table.add_column(name, justify="right")
+    numbers = ("seen", "step", "step/s", "stall", "up", "down", "counted", "not")
+    table = _table("worker", "state", right=numbers)
     for w in workers:
         seconds = w["train_seconds"]
         table.add_row(
             w["worker_id"],
             w["state"],
-            f"{_duration(w['seen_seconds'])} ago",
+            _duration(w["seen_seconds"]),
             str(w["step"]),
             f"{w['step'] / seconds:.2f}" if seconds else "",
             f"{w['stall_seconds'] / seconds:.1%}" if seconds else "",
@@ -45,16 +58,13 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
 
 
 def _fragments(fragments: list[dict[str, Any]]) -> Table:
-    table = Table(title="fragments", title_justify="left")
-    for name in ("#", "parameters", "version", "last round", "update", "bits"):
-        table.add_column(name, justify="right")
-    table.add_column("contributed")
-    table.add_column("waiting for")
+    numbers = ("parameters", "version", "round", "update", "bits")
+    table = _table("fragment", right=numbers, last=("contributed", "waiting for"))
     for f in fragments:
         trained = f["kind"] == "trained"
         table.add_row(
             str(f["index"]) if trained else f"{f['index']} ({f['kind']})",
-            f"{f['parameters']:,}",
+            _count(f["parameters"]),
             str(f["version"]),
             _duration(f["round_seconds"]) if f["version"] else "",
             _size(f["update_bytes"]) if f["version"] else "",
@@ -63,6 +73,13 @@ def _fragments(fragments: list[dict[str, Any]]) -> Table:
             ", ".join(f["waiting_for"]),
         )
     return table
+
+
+def _count(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
 
 
 def _size(count: float) -> str:

@@ -20,7 +20,7 @@ from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import digest
-from diloco_proto.errors import ServerUnreachable
+from diloco_proto.errors import DilocoError, ServerUnreachable
 from diloco_proto.schedule import Schedule
 
 from .binding import Binding
@@ -61,8 +61,12 @@ def join(
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     if not optimizers:
         raise ValueError("join needs at least one optimizer")
-    binding = Binding(model, optimizers)
-    return Outer(Transport(address), binding, optimizers, worker_id or _default_id(), connect_timeout)
+    try:
+        binding = Binding(model, optimizers)
+        return Outer(Transport(address), binding, optimizers, worker_id or _default_id(), connect_timeout)
+    except DilocoError as error:
+        # What it says is for whoever runs the script: the way it took through threads and gRPC only hides it.
+        raise error.with_traceback(None) from None
 
 
 class Outer:
