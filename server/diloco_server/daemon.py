@@ -153,7 +153,7 @@ def run_forever(config: RunConfig, server: ServerConfig, on_listening: Callable[
 def _on_signal(daemon: Daemon, number: int) -> None:
     if daemon._reason:
         log.warning("second signal: exiting at once")
-        os._exit(1)  # an exception would unwind the loop, which waits for open calls and for threads
+        os._exit(1)  # an exception would have to wait for the threads
     daemon.stop(f"received {signal.Signals(number).name}")
 
 

@@ -16,7 +16,7 @@ from .members import Member
 from .outer import warm_up
 from .parameters import Snapshot
 from .rounds import Close
-from .run import Run
+from .run import Run, Ticket
 
 log = logging.getLogger("diloco.server")
 
@@ -57,6 +57,7 @@ class Engine:
         if self.draining:
             raise ConnectionClosed("the server is shutting down")
         member = self.run.hello(hello, self.clock())
+        member.seen = self.clock()  # the first hello seeds the run from --init, which takes a while
         former = self._sessions.get(member.worker_id)
         if former is not None:
             offer(former, Superseded(f"worker {member.worker_id!r} has opened another session"))
@@ -69,6 +70,15 @@ class Engine:
         """The session's stream has ended. The member stays until its lease runs out."""
         if self._sessions.get(member.worker_id) is queue:
             del self._sessions[member.worker_id]
+
+    async def finish_push(self, ticket: Ticket) -> pb.Outcome:
+        """All frames of the stream are in."""
+        seed = None
+        if ticket.header.purpose == pb.PURPOSE_SEED:
+            seed = await asyncio.get_running_loop().run_in_executor(self.threads, ticket.seed)
+        outcome = self.run.finish_push(ticket, self.clock(), seed)
+        self.settle()
+        return outcome
 
     def settle(self) -> None:
         """After anything happened: close what is due, deliver what is to be told, set the timer."""

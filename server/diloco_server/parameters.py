@@ -54,6 +54,25 @@ class Snapshot:
     readers: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """theta of one fragment at version 0, ready to be taken over."""
+
+    theta: Floats
+    digest: int
+
+
+def prepare_seed(fragment: Fragment, theta: Floats) -> Seed:
+    """Flush magnitudes under 2^-100, in place. Heavy; touches nothing else, so any thread may run it.
+
+    Raises NonFiniteParameter, naming the tensor, for NaN, Inf or a magnitude of 2^126 and more.
+    """
+    bad = flush_(theta)
+    if bad >= 0:
+        raise NonFiniteParameter(f"tensor {fragment.tensor_at(bad)!r} holds NaN, Inf or a magnitude of 2^126 and more")
+    return Seed(theta, digest(theta))
+
+
 @dataclass(slots=True)
 class _Global:
     """One fragment's global state."""
@@ -88,19 +107,11 @@ class Parameters:
         updates = self._globals[fragment].updates
         return updates[-1].nbytes if updates else 0
 
-    def seed(self, fragment: int, theta: Floats) -> None:
-        """theta becomes version 0, magnitudes under 2^-100 flushed.
-
-        Raises NonFiniteParameter, naming the tensor, for NaN, Inf or a magnitude of 2^126 and more.
-        """
+    def seed(self, fragment: int, seed: Seed) -> None:
+        """theta becomes version 0."""
         target = self._globals[fragment]
-        bad = flush_(theta)
-        if bad >= 0:
-            raise NonFiniteParameter(
-                f"tensor {target.fragment.tensor_at(bad)!r} holds NaN, Inf or a magnitude of 2^126 and more"
-            )
-        target.state.theta[:] = theta
-        target.digest = digest(target.state.theta)
+        assert seed.theta.size == target.fragment.length
+        target.state.theta, target.digest = seed.theta, seed.digest
 
     def commit(
         self,

@@ -30,7 +30,7 @@ from .assembly import Assembly, Place, frame_places
 from .checkpoint import InitialParameters
 from .config import RunConfig
 from .members import Member, Members, MemberState
-from .parameters import Parameters, Update
+from .parameters import Parameters, Seed, Update, prepare_seed
 from .rounds import Close, Contribution, Key, Rounds, Stage
 
 log = logging.getLogger("diloco.server")
@@ -54,6 +54,12 @@ class Ticket:
     header: pb.PushHeader
     assembly: Assembly
     places: tuple[Place, ...]
+
+    def seed(self) -> Seed | None:
+        """What a seed that is complete has brought. Heavy; any thread may run it. Raises NonFiniteParameter."""
+        if self.header.purpose != pb.PURPOSE_SEED or not self.assembly.complete:
+            return None
+        return prepare_seed(self.assembly.fragment, decode_fragment(self.assembly.encoded()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,8 +375,11 @@ class Run:
             )
         return wanted
 
-    def finish_push(self, ticket: Ticket, now: float) -> pb.Outcome:
-        """All frames of the stream are in. Raises InvalidContribution or NonFiniteParameter."""
+    def finish_push(self, ticket: Ticket, now: float, seed: Seed | None = None) -> pb.Outcome:
+        """All frames of the stream are in; `seed` is `ticket.seed()`, if it was called beforehand.
+
+        Raises InvalidContribution or NonFiniteParameter.
+        """
         header, assembly = ticket.header, ticket.assembly
         key = Key(header.fragment, header.base_version, header.worker_id)
         if self._assemblies.get(key) is not assembly:
@@ -383,7 +392,9 @@ class Run:
             return pb.Outcome(kind=pb.OUTCOME_PART_HELD, version=header.base_version)
         del self._assemblies[key]
         if header.purpose == pb.PURPOSE_SEED:
-            self.parameters.seed(key.fragment, decode_fragment(assembly.encoded()))
+            seed = seed or ticket.seed()
+            assert seed is not None
+            self.parameters.seed(key.fragment, seed)
             self._mark_seeded(key.fragment)
             return pb.Outcome(kind=pb.OUTCOME_SEEDED)
         contribution = Contribution(key, assembly.frames, assembly.encoded(), header.tokens, header.steps)
@@ -468,6 +479,6 @@ def _seed_from(init: InitialParameters, manifest: Manifest, layout: Layout, para
     init.check(manifest)
     for fragment in layout.fragments:
         try:
-            parameters.seed(fragment.index, init.flat(fragment))
+            parameters.seed(fragment.index, prepare_seed(fragment, init.flat(fragment)))
         except NonFiniteParameter as error:
             raise NonFiniteParameter(f"the server's --init {init.path}: {error}") from error

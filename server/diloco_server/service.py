@@ -139,9 +139,7 @@ class Service:
             yield pb.PushReply(have=pb.Have(frames=held))
             async for reply in self._receive(stream, ticket, set(held)):
                 yield reply
-            outcome = self._engine.run.finish_push(ticket, self._engine.clock())
-            self._engine.settle()
-            yield pb.PushReply(outcome=outcome)
+            yield pb.PushReply(outcome=await self._engine.finish_push(ticket))
         except DilocoError as error:
             await _refuse(context, error)
 

@@ -18,7 +18,7 @@ from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
 from diloco_proto.manifest import Layout, Pattern, build_layout
 from diloco_server import RunConfig
-from diloco_server.parameters import KEPT_UPDATES, Parameters, Snapshot, snapshot_frames, snapshot_item
+from diloco_server.parameters import KEPT_UPDATES, Parameters, Snapshot, prepare_seed, snapshot_frames, snapshot_item
 
 SIZE = 600_000
 """Values: three frames of a snapshot."""
@@ -35,8 +35,13 @@ def noise(seed: int, size: int = SIZE) -> Floats:
 def seeded(size: int = SIZE, **changes) -> Parameters:
     config = RunConfig(**({"downlink_codec": "int4"} | changes))
     parameters = Parameters(layout_of(size), config.outer_settings())
-    parameters.seed(0, noise(0, size))
+    seed(parameters, noise(0, size))
     return parameters
+
+
+def seed(parameters: Parameters, values: Floats, fragment: int = 0, layout: Layout | None = None) -> None:
+    layout = layout or layout_of(values.size)
+    parameters.seed(fragment, prepare_seed(layout.fragments[fragment], values))
 
 
 def step(parameters: Parameters, seed: int, size: int = SIZE) -> None:
@@ -82,27 +87,24 @@ def test_the_seed_is_version_0() -> None:
 
 def test_tiny_magnitudes_are_flushed_when_theta_is_seeded() -> None:
     parameters = seeded(64)
-    parameters.seed(0, flat([2.0**-101, -(2.0**-120), 2.0**-100, -0.0, 1.0]))
+    seed(parameters, flat([2.0**-101, -(2.0**-120), 2.0**-100, -0.0, 1.0]))
     assert theta(parameters).tolist()[:5] == [0.0, 0.0, 2.0**-100, 0.0, 1.0]
     assert not np.signbit(theta(parameters)).any()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**126])
 def test_a_seed_that_cannot_be_names_the_tensor(bad: float) -> None:
-    config = RunConfig(num_fragments=1)
-    manifest = manifest_of(100, 30)
-    parameters = Parameters(build_layout(manifest, 1, Pattern.STRIDED), config.outer_settings())
+    (fragment,) = build_layout(manifest_of(100, 30), 1, Pattern.STRIDED).fragments
     values = flat(np.zeros(192))
-    parameters.seed(0, values + 1)
     values[128 + 29] = bad
     with pytest.raises(NonFiniteParameter, match=r"tensor 'layers\.1\.weight'"):
-        parameters.seed(0, values)
-    assert theta(parameters).tolist() == [1.0] * 192
+        prepare_seed(fragment, values)
 
 
 def test_a_frozen_fragment_is_read_like_the_others() -> None:
-    parameters = Parameters(layout_of(10, frozen=5), RunConfig().outer_settings())
-    parameters.seed(1, flat([1, 2, 3, 4, 5]))
+    layout = layout_of(10, frozen=5)
+    parameters = Parameters(layout, RunConfig().outer_settings())
+    seed(parameters, flat([1, 2, 3, 4, 5]), 1, layout)
     assert [v.version for v in parameters.versions()] == [0, 0]
     snapshot = parameters.pin(1)
     assert read(snapshot, snapshot_frames(snapshot, 0)).tolist()[:5] == [1, 2, 3, 4, 5]

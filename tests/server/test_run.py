@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -485,6 +486,25 @@ def test_what_was_half_received_is_dropped_when_its_round_is_over() -> None:
     assert sim.theta() == -1.0
 
 
+def test_what_was_never_completed_is_not_kept() -> None:
+    sim = Sim()
+
+    def half(worker: str, **fields) -> weakref.ref:
+        frames = frames_of(const(9.0))
+        return weakref.ref(sim.run.begin_push(header(worker, 0, frames, 2, **fields)).assembly)
+
+    sim.hello("dead")
+    seed = half("dead", purpose=pb.PURPOSE_SEED)
+    sim.say("dead", "leave")
+    sim.enter("a")
+    sim.hello("b")
+    contribution = half("b")
+    assert contribution() is not None
+    sim.contribute("a", 1.0)
+    assert sim.versions() == [1, 0]
+    assert seed() is contribution() is None
+
+
 def test_a_round_whose_mean_overflows_is_void() -> None:
     sim = Sim(outer_lr=1e6).enter("a", "b")
     sim.contribute("a", 1.0)
@@ -712,7 +732,8 @@ def test_arrival_order_and_chunking_do_not_change_a_bit(data: st.DataObject) -> 
     random = np.random.default_rng(11)
     sizes = (40_000, 9_000)
     manifest = manifest_of(*sizes)
-    config = {"uplink_codec": "int8", "downlink_codec": "int4", "outer_optimizer": "nesterov", "weighting": "tokens"}
+    config = {"uplink_codec": "int8", "outer_optimizer": "nesterov", "weighting": "tokens"}
+    config |= {"downlink_codec": data.draw(st.sampled_from(["fp32", "int4"]))}
     config |= {"outer_lr": 0.7, "outer_momentum": 0.9, "min_workers": 4}
     workers = "abcd"
     payloads = {

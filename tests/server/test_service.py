@@ -51,7 +51,7 @@ def server(**changes):
 
 
 @contextlib.contextmanager
-def refused(error: type[DilocoError], status: grpc.StatusCode, match: str = "") -> Iterator[None]:
+def refused(error: type[DilocoError], status: grpc.StatusCode, match: str | None = None) -> Iterator[None]:
     """The call ends with the status, and with the class name in its trailing metadata."""
     with pytest.raises(grpc.RpcError, match=match) as caught:
         yield
@@ -278,16 +278,14 @@ def test_all_readers_get_the_same_bytes() -> None:
                 raw = reader.channel.unary_stream("/diloco.v1.Outer/Pull", lambda b: b, lambda b: b)
                 answers.append(list(raw(request, timeout=30)))
         assert answers[0] == answers[1]
-        items = [
-            pb.PullReply.FromString(m).item.version for m in answers[0] if pb.PullReply.FromString(m).HasField("item")
-        ]
-        assert items == [1, 2]
+        replies = [pb.PullReply.FromString(m) for m in answers[0]]
+        assert [r.item.version for r in replies if r.HasField("item")] == [1, 2]
 
 
 def test_a_reader_that_stands_still_is_told_that_its_version_is_gone() -> None:
     size = 8_000_000
     with server(uplink_codec="int4", downlink_codec="int4") as running, RawWorker(running.address) as worker:
-        worker.enter(manifest_of(size), [np.zeros(size)])
+        worker.enter(manifest_of(size), [values(0, size)])  # which no compression makes small enough for the buffers
         frames = frames_of(np.ones(size), Format.INT4)
         first = worker.stub.Pull(pb.PullRequest(snapshot=True), timeout=60)
         assert next(first).item.version == 0
@@ -352,11 +350,9 @@ def test_a_session_that_ends_without_leave_keeps_its_lease(how: str) -> None:
             assert list(goes.events)[-1].WhichOneof("body") == "committed", "ends with status OK"
         assert states(running) == {"a": "ready", "b": "ready"}
         stays.push(0, frames_of(np.ones(100)), base_version=1)
-        stays.say(heartbeat=pb.Heartbeat(step=1))
-        assert states(running) == {"a": "ready", "b": "ready"}
-        committed = stays.expect("committed")  # b's lease has run out, or the round would wait for ever
-        assert committed.version == 2
-        assert states(running)["b"] == "gone"
+        while states(running)["b"] != "gone":
+            stays.say(heartbeat=pb.Heartbeat())
+        assert stays.expect("committed").version == 2
 
 
 def test_whoever_leaves_is_gone_at_once() -> None:
@@ -373,15 +369,10 @@ def test_whoever_leaves_is_gone_at_once() -> None:
 
 
 def test_a_session_whose_lease_ran_out_is_told_to_say_hello_again() -> None:
-    with (
-        server(lease_seconds=1.0) as running,
-        RawWorker(running.address, "a") as a,
-        RawWorker(running.address, "b") as b,
-    ):
+    with server(lease_seconds=1.0) as running, contextlib.ExitStack() as stack:
+        a, b = (stack.enter_context(RawWorker(running.address, name)) for name in "ab")
         a.enter(SMALL, [np.zeros(100)])
         b.join(SMALL).expect("welcome")
-        # b is silent from now on. That a round of a's commits proves nothing about b, so wait for its end instead.
-        a.say(finished=pb.Finished())
         while states(running)["b"] != "gone":
             a.say(heartbeat=pb.Heartbeat())
         b.say(heartbeat=pb.Heartbeat())
@@ -487,7 +478,7 @@ def test_describe_and_status_follow_the_run() -> None:
         assert (list(fragment.contributed), list(fragment.waiting_for)) == (["a"], ["b"])
         assert fragment.update_bytes > 0
         assert {w.worker_id: (w.state, w.counted) for w in status.workers} == {"a": ("ready", 1), "b": ("ready", 1)}
-        assert status.bytes_in > 100 * 4
+        assert 0 < status.bytes_in < 1000
         for worker in (a, b):
             worker.say(finished=pb.Finished())
         for worker in (a, b):
