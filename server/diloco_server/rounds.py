@@ -20,7 +20,7 @@ MIN_AUTO_GRACE = 2.0
 """Seconds; below it the jitter of healthy workers would cost them their contributions."""
 
 KEPT_RECORDS = 64
-"""Rounds of each fragment that are remembered, so that a repeated push learns its fate."""
+"""Rounds of each fragment that are remembered for status."""
 
 KEPT_TIMES = 16
 
@@ -53,6 +53,15 @@ class Contribution:
         return self.tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A worker's last counted contribution to a fragment, for ever: while its fate is unknown to the worker it
+    pushes no other, so this one settles every repeated push, however late."""
+
+    key: Key
+    frames: dict[int, int]
+
+
 class Stage(Enum):
     """What became of a contribution that arrived."""
 
@@ -69,9 +78,8 @@ class RoundRecord:
 
     version: int
     """The version it led to."""
-    members: dict[str, dict[int, int]]
-    """Worker id -> frames of its contribution."""
     weights: dict[str, float]
+    """Worker id -> share of the mean, for each that was counted."""
     expected: frozenset[str]
     open_seconds: float
 
@@ -118,6 +126,7 @@ class Rounds:
         self._open: list[Round | None] = [None] * num_fragments
         self._fill_times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._open_times: deque[float] = deque(maxlen=KEPT_TIMES)
+        self._last_counted: list[dict[str, Counted]] = [{} for _ in range(num_fragments)]
         self.records: list[deque[RoundRecord]] = [deque(maxlen=KEPT_RECORDS) for _ in range(num_fragments)]
         self.ending = False
         """All live workers are finishing: the floor of `min_workers` no longer holds, or their last
@@ -152,11 +161,10 @@ class Rounds:
         return Stage.CLOSED if current.closing else None
 
     def _past(self, key: Key, frames: dict[int, int]) -> Stage:
-        for record in self.records[key.fragment]:
-            if record.version == key.base_version + 1 and key.worker_id in record.members:
-                same = frames.items() <= record.members[key.worker_id].items()
-                return Stage.COUNTED if same else Stage.CONFLICT
-        return Stage.CLOSED
+        last = self._last_counted[key.fragment].get(key.worker_id)
+        if last is None or last.key.base_version != key.base_version:
+            return Stage.CLOSED
+        return Stage.COUNTED if frames.items() <= last.frames.items() else Stage.CONFLICT
 
     def stage(self, contribution: Contribution, now: float) -> Stage:
         """Take a complete contribution into the open round, or say why not."""
@@ -229,12 +237,13 @@ class Rounds:
         total = sum(close.weights)
         record = RoundRecord(
             version=close.base_version + 1,
-            members={c.key.worker_id: c.frames for c in close.contributions},
             weights={c.key.worker_id: w / total for c, w in zip(close.contributions, close.weights, strict=True)},
             expected=frozenset(current.expected),
             open_seconds=now - current.opened_at,
         )
         self.records[close.fragment].append(record)
+        for c in close.contributions:
+            self._last_counted[close.fragment][c.key.worker_id] = Counted(c.key, c.frames)
         self._open[close.fragment] = None
         return record
 

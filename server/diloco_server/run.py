@@ -437,7 +437,7 @@ class Run:
             if (k.fragment, k.base_version) != (close.fragment, close.base_version)
         }
         for member in self.members.live():
-            counted = member.worker_id in record.members
+            counted = member.worker_id in record.weights
             if counted:
                 member.counted += 1
                 member.moves(now)  # it may have waited for this

@@ -29,7 +29,7 @@ from diloco_proto.codec import (
 )
 from diloco_proto.codec.formats import Floats
 from diloco_proto.manifest import Manifest, Pattern, Role, TensorSpec, build_layout
-from diloco_server import engine, outer, parameters, rounds
+from diloco_server import engine, outer, parameters
 
 TEXT = DOCUMENT.read_text()
 VECTORS: dict[str, Any] = json.loads(PATH.read_text())
@@ -315,7 +315,6 @@ def test_the_table_of_limits_is_that_of_the_code() -> None:
     assert rows["frames a worker sends ahead of the last `Ack`"] == [channel.PUSH_WINDOW_FRAMES]
     assert rows["frames received between two `Ack`"] == [channel.ACK_EVERY_FRAMES]
     assert rows["updates of a fragment that the server keeps"] == [parameters.KEPT_UPDATES]
-    assert rows["rounds of a fragment whose members the server remembers"] == [rounds.KEPT_RECORDS]
     assert engine.SESSION_QUEUE in rows["events that wait for a worker that does not read"]
     largest = max(32 + fmt.spec.frame_blocks * (fmt.spec.scale_bytes + fmt.spec.code_bytes) for fmt in Format)
     assert largest in rows["frame"]

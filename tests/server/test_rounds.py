@@ -245,7 +245,7 @@ def test_a_round_that_is_being_computed_takes_nothing_more() -> None:
     assert known(rounds, "z") is Stage.CLOSED
     assert rounds.stage(contribution("z"), 0.0) is Stage.CLOSED
     assert known(rounds, "a") is Stage.ALREADY_HAVE
-    assert rounds.committed(close, 0.0).members.keys() == {"a"}
+    assert rounds.committed(close, 0.0).weights.keys() == {"a"}
 
 
 def test_the_fate_of_a_repeated_push_when_the_round_is_over() -> None:
@@ -263,7 +263,7 @@ def test_a_round_that_was_void_counted_nobody() -> None:
     rounds.due(0.0)
     record = rounds.committed(Close(0, 0, (), ()), 0.0)
     rounds.open(0, 1, "a", 0.0)
-    assert record.members == {}
+    assert record.weights == {}
     assert known(rounds) is Stage.CLOSED
 
 
@@ -285,8 +285,20 @@ def test_records_are_bounded() -> None:
         stage(rounds, "a", base=version)
         close_and_reopen(rounds, "a", 1.0)
     assert known(rounds, base=KEPT_RECORDS + 9) is Stage.COUNTED
-    assert known(rounds, base=0) is Stage.CLOSED
     assert len(rounds.records[0]) == KEPT_RECORDS
+
+
+def test_a_contribution_is_known_to_be_counted_however_long_ago() -> None:
+    rounds = rounds_of("ab")
+    stage(rounds, "a")
+    stage(rounds, "b")
+    close_and_reopen(rounds, "b", 1.0)
+    for version in range(1, KEPT_RECORDS + 10):
+        stage(rounds, "b", base=version)
+        close_and_reopen(rounds, "b", 1.0)
+    assert known(rounds, "a", base=0) is Stage.COUNTED
+    assert known(rounds, "a", base=0, digest=7) is Stage.CONFLICT
+    assert known(rounds, "b", base=0) is Stage.CLOSED
 
 
 def test_the_usual_length_of_a_round() -> None:
