@@ -54,10 +54,12 @@ class Assembly:
     for the same place gets an assembly of its own.
     """
 
-    def __init__(self, fragment: Fragment, fmt: Format) -> None:
+    def __init__(self, fragment: Fragment, fmt: Format, *, tokens: int = 0, steps: int = 0) -> None:
         spec = fmt.spec
         self.fragment = fragment
         self.format = fmt
+        self.tokens = tokens
+        self.steps = steps
         self.frames: dict[int, int] = {}
         """First block of each frame held -> its xxh3."""
         self._scales = np.zeros(fragment.num_blocks * spec.scale_bytes, np.uint8)

@@ -15,8 +15,9 @@ from diloco_proto.errors import ConnectionClosed, DilocoError, Superseded
 from .members import Member
 from .outer import warm_up
 from .parameters import Snapshot
+from .pushes import Ticket
 from .rounds import Close
-from .run import Run, Ticket
+from .run import Run
 
 log = logging.getLogger("diloco.server")
 

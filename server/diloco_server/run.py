@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PROTOCOL_VERSION
-from diloco_proto.codec import Format, decode_fragment
 from diloco_proto.errors import (
     InvalidContribution,
     ManifestMismatch,
@@ -23,15 +22,15 @@ from diloco_proto.errors import (
     ProtocolMismatch,
     RunMismatch,
 )
-from diloco_proto.manifest import Fragment, Layout, Manifest, build_layout
+from diloco_proto.manifest import Layout, Manifest, build_layout
 from diloco_proto.wire import manifest_from_pb
 
-from .assembly import Assembly, Place, frame_places
 from .checkpoint import InitialParameters
 from .config import RunConfig
 from .members import Member, Members, MemberState
 from .parameters import Parameters, Seed, Update, prepare_seed
-from .rounds import Close, Contribution, Key, Rounds, Stage
+from .pushes import Pushes, Ticket
+from .rounds import Close, Contribution, Rounds, Stage
 
 log = logging.getLogger("diloco.server")
 
@@ -45,21 +44,6 @@ _OUTCOME = {
     Stage.CLOSED: pb.OUTCOME_CLOSED,
     Stage.CONFLICT: pb.OUTCOME_CONFLICT,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """One push that the server is ready to receive."""
-
-    header: pb.PushHeader
-    assembly: Assembly
-    places: tuple[Place, ...]
-
-    def seed(self) -> Seed | None:
-        """What a seed that is complete has brought. Heavy; any thread may run it. Raises NonFiniteParameter."""
-        if self.header.purpose != pb.PURPOSE_SEED or not self.assembly.complete:
-            return None
-        return prepare_seed(self.assembly.fragment, decode_fragment(self.assembly.encoded()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +62,7 @@ class _Model:
     layout: Layout
     parameters: Parameters
     rounds: Rounds
+    pushes: Pushes
 
 
 class Run:
@@ -96,7 +81,6 @@ class Run:
         self._seeder: tuple[str, int] | None = None
         """Id and generation of the worker that was last asked for the parameters."""
         self._unseeded: set[int] = set()
-        self._assemblies: dict[Key, Assembly] = {}
         self._told_finished = False
 
     # -- what the run is --
@@ -152,7 +136,7 @@ class Run:
             )
         self.check_run_id(hello.run_id)
         if not hello.worker_id:
-            raise ManifestMismatch("hello without a worker_id")
+            raise InvalidContribution("hello without a worker_id")
         manifest = manifest_from_pb(hello.manifest)
         model = self._adopt(manifest)
         difference = model.manifest.first_difference(manifest)
@@ -184,7 +168,7 @@ class Run:
             _seed_from(self._init, manifest, layout, parameters)
             self._init = None
             self.seeded = True
-        self._model = _Model(manifest, layout, parameters, rounds)
+        self._model = _Model(manifest, layout, parameters, rounds, Pushes(layout, config.uplink))
         self._seeder = None
         return self._model
 
@@ -211,14 +195,14 @@ class Run:
             # Another process holds other parameters: nothing of its predecessor's may be mixed with them.
             self._seeder = (seeder.worker_id, seeder.generation)
             self._unseeded = set(range(len(self.layout.fragments)))
-            self._assemblies.clear()
+            self._must_have_model().pushes.clear()
         self._tell(seeder, seed_wanted=pb.SeedWanted())
 
     def _mark_seeded(self, fragment: int) -> None:
         self._unseeded.discard(fragment)
         if not self._unseeded:
             self.seeded = True
-            self._assemblies.clear()
+            self._must_have_model().pushes.clear()
             for member in self.members.live():
                 self._tell(member, seeded=pb.Seeded(versions=self.parameters.versions()))
 
@@ -332,75 +316,40 @@ class Run:
         self.members.get(header.worker_id, header.generation)
         seed = header.purpose == pb.PURPOSE_SEED
         if seed and (self.seeded or (header.worker_id, header.generation) != self._seeder):
-            return pb.Outcome(kind=pb.OUTCOME_ALREADY_HAVE, detail="the run's parameters are another worker's")
-        fragment = self._fragment(header)
-        fmt = self._format(header)
-        parts = [(p.first_block, p.num_blocks) for p in header.parts]
-        places = frame_places(fragment, fmt, parts, header.frame_digests)
-        key = Key(fragment.index, header.base_version, header.worker_id)
-        if header.purpose == pb.PURPOSE_CONTRIBUTION:
-            known = self.rounds.seen_before(key, {p.first_block: p.digest for p in places})
+            return pb.Outcome(kind=pb.OUTCOME_ALREADY_HAVE, detail="this worker's seed is not needed")
+        pushes = self._must_have_model().pushes
+        announced = pushes.read(header)
+        if not seed:
+            known = self.rounds.seen_before(announced.key, announced.frames)
             if known is not None:
-                return self._outcome(known, fragment.index)
-        assembly = self._assemblies.get(key)
-        if assembly is None or not assembly.claim(places):
-            # Nothing incomplete was ever acknowledged: a worker that starts over may bring other bytes.
-            assembly = self._assemblies[key] = Assembly(fragment, fmt)
-            if not assembly.claim(places):
-                raise AssertionError("frames of one stream overlap")
-        return Ticket(header, assembly, tuple(places))
-
-    def _fragment(self, header: pb.PushHeader) -> Fragment:
-        layout = self.layout
-        who = f"worker {header.worker_id!r}"
-        if header.purpose == pb.PURPOSE_SEED:
-            if header.base_version != 0:
-                raise InvalidContribution(f"{who} pushed a seed as version {header.base_version}; it is version 0")
-            count = len(layout.fragments)
-        elif header.purpose == pb.PURPOSE_CONTRIBUTION:
-            if header.tokens < 1 or header.steps < 1:
-                raise InvalidContribution(f"{who} pushed a contribution without any step or token behind it")
-            count = layout.num_trained
-        else:
-            raise InvalidContribution(f"{who} pushed with unknown purpose {header.purpose}")
-        if header.fragment >= count:
-            raise InvalidContribution(f"{who} pushed fragment {header.fragment}; this run has {count}")
-        return layout.fragments[header.fragment]
-
-    def _format(self, header: pb.PushHeader) -> Format:
-        wanted = Format.FP32 if header.purpose == pb.PURPOSE_SEED else self.config.uplink
-        if int(header.codec) != wanted:
-            raise InvalidContribution(
-                f"worker {header.worker_id!r} pushed codec {header.codec}; this run takes {wanted.label}"
-            )
-        return wanted
+                return self._outcome(known, announced.fragment.index)
+        return pushes.claim(announced)
 
     def finish_push(self, ticket: Ticket, now: float, seed: Seed | None = None) -> pb.Outcome:
         """All frames of the stream are in; `seed` is `ticket.seed()`, if it was called beforehand.
 
-        Raises InvalidContribution or NonFiniteParameter.
+        Raises NotMember, Superseded or NonFiniteParameter.
         """
-        header, assembly = ticket.header, ticket.assembly
-        key = Key(header.fragment, header.base_version, header.worker_id)
-        if self._assemblies.get(key) is not assembly:
+        header, key, assembly = ticket.header, ticket.announced.key, ticket.assembly
+        member = self.members.get(header.worker_id, header.generation)
+        pushes = self._must_have_model().pushes
+        if not pushes.holds(ticket):
             # Another stream completed it, or began anew with other bytes.
             if header.purpose == pb.PURPOSE_SEED:
                 return pb.Outcome(kind=pb.OUTCOME_ALREADY_HAVE)
-            known = self.rounds.seen_before(key, {p.first_block: p.digest for p in ticket.places})
+            known = self.rounds.seen_before(key, ticket.announced.frames)
             return self._outcome(known or Stage.CONFLICT, key.fragment)
         if not assembly.complete:
             return pb.Outcome(kind=pb.OUTCOME_PART_HELD, version=header.base_version)
-        del self._assemblies[key]
+        pushes.take(ticket)
         if header.purpose == pb.PURPOSE_SEED:
             seed = seed or ticket.seed()
             assert seed is not None
             self.parameters.seed(key.fragment, seed)
             self._mark_seeded(key.fragment)
             return pb.Outcome(kind=pb.OUTCOME_SEEDED)
-        contribution = Contribution(key, assembly.frames, assembly.encoded(), header.tokens, header.steps)
-        member = self.members.known(key.worker_id)
-        if member is not None:
-            member.moves(now)
+        member.moves(now)
+        contribution = Contribution(key, assembly.frames, assembly.encoded(), assembly.tokens, assembly.steps)
         return self._outcome(self.rounds.stage(contribution, now), key.fragment)
 
     def _outcome(self, stage: Stage, fragment: int) -> pb.Outcome:
@@ -431,11 +380,7 @@ class Run:
         self.parameters.publish(close.fragment, update)
         record = self.rounds.committed(close, now)
         self.rounds_committed += 1
-        self._assemblies = {
-            k: a
-            for k, a in self._assemblies.items()
-            if (k.fragment, k.base_version) != (close.fragment, close.base_version)
-        }
+        self._must_have_model().pushes.drop_round(close.fragment, close.base_version)
         for member in self.members.live():
             counted = member.worker_id in record.weights
             if counted:

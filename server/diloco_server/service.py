@@ -17,7 +17,7 @@ from diloco_proto.errors import ERROR_KEY, DilocoError, InvalidContribution
 from .engine import Engine, SessionQueue, offer
 from .members import Member
 from .parameters import snapshot_frames, snapshot_item
-from .run import Ticket
+from .pushes import Ticket
 from .status import describe, status
 
 log = logging.getLogger("diloco.server")

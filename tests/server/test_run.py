@@ -37,7 +37,8 @@ from diloco_server import RunConfig
 from diloco_server.checkpoint import InitialParameters
 from diloco_server.members import MemberState
 from diloco_server.parameters import snapshot_frames
-from diloco_server.run import Run, Ticket
+from diloco_server.pushes import Ticket
+from diloco_server.run import Run
 
 SIZES = (100, 70)
 MANIFEST = manifest_of(*SIZES)
@@ -163,7 +164,7 @@ class Sim:
     [
         ({"protocol": 99}, ProtocolMismatch, "protocol 1, the worker 99: install the same version"),
         ({"run_id": "another"}, RunMismatch, "not another: it was started anew. Start the worker again"),
-        ({"worker_id": ""}, ManifestMismatch, "without a worker_id"),
+        ({"worker_id": ""}, InvalidContribution, "without a worker_id"),
         ({"manifest": pb.Manifest()}, UnsupportedModel, "no trained parameters"),
     ],
 )
@@ -299,7 +300,8 @@ def test_when_all_are_gone_before_the_seed_the_next_may_bring_another_model() ->
     sim.hello("a", manifest=other, generation=2)
     assert "seed_wanted" in sim.told("a")
     ticket.assembly.add(ticket.places[0], read_frame(frames[0]))
-    assert sim.run.finish_push(ticket, 0.0).kind == pb.OUTCOME_ALREADY_HAVE, "of the former model: dropped"
+    with pytest.raises(Superseded, match="'a' was joined by another process"):
+        sim.run.finish_push(ticket, 0.0)
     assert not sim.run.seeded
     outcome = sim.push("a", flat(np.ones(200)), 0, purpose=pb.PURPOSE_SEED, generation=2)
     assert outcome.kind == pb.OUTCOME_SEEDED
@@ -887,3 +889,22 @@ def test_the_algorithm_knows_no_clock_no_loop_and_no_network(name: str) -> None:
     imported |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     roots = {module.split(".")[0] for module in imported}
     assert not roots & {"time", "datetime", "asyncio", "grpc", "threading", "random", "torch", "diloco_client"}
+
+
+def test_parts_of_one_contribution_must_agree_on_the_work_behind_it() -> None:
+    sim = Sim().enter("a")
+    frames = frames_of(const(1.0))
+    first = header("a", 0, frames, 2)
+    sim.run.begin_push(first)
+    with pytest.raises(InvalidContribution, match="all parts must say the same"):
+        sim.run.begin_push(header("a", 0, frames, 2, tokens=first.tokens + 1))
+
+
+def test_what_a_superseded_process_was_pushing_is_not_staged() -> None:
+    sim = Sim().enter("a")
+    frames = frames_of(const(1.0))
+    ticket = sim.run.begin_push(header("a", 0, frames, 2))
+    sim.hello("a", generation=2)
+    ticket.assembly.add(ticket.places[0], read_frame(frames[0]))
+    with pytest.raises(Superseded):
+        sim.run.finish_push(ticket, 0.0)

@@ -98,7 +98,7 @@ def hellos() -> dict[str, tuple[pb.SessionRequest | None, type[DilocoError], grp
         "no hello": (pb.SessionRequest(ready=pb.Ready()), InvalidContribution, invalid),
         "another protocol": (request(protocol=7), ProtocolMismatch, precondition),
         "another run": (request(run_id="x"), RunMismatch, precondition),
-        "no worker id": (request(worker_id=""), ManifestMismatch, precondition),
+        "no worker id": (request(worker_id=""), InvalidContribution, grpc.StatusCode.INVALID_ARGUMENT),
         "an impossible model": (request(manifest=twice), UnsupportedModel, invalid),
     }
 

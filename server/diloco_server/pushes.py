@@ -1,0 +1,132 @@
+"""What pushes announce, checked against the run, and the assemblies that they fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diloco_proto import outer_pb2 as pb
+from diloco_proto.codec import Format, decode_fragment
+from diloco_proto.errors import InvalidContribution
+from diloco_proto.manifest import Fragment, Layout
+
+from .assembly import Assembly, Place, frame_places
+from .parameters import Seed, prepare_seed
+from .rounds import Key
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """A push whose header is in order."""
+
+    header: pb.PushHeader
+    fragment: Fragment
+    format: Format
+    places: tuple[Place, ...]
+
+    @property
+    def key(self) -> Key:
+        return Key(self.fragment.index, self.header.base_version, self.header.worker_id)
+
+    @property
+    def frames(self) -> dict[int, int]:
+        """First block of each frame -> its xxh3."""
+        return {p.first_block: p.digest for p in self.places}
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One push that the server is ready to receive."""
+
+    announced: Announcement
+    assembly: Assembly
+
+    @property
+    def header(self) -> pb.PushHeader:
+        return self.announced.header
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return self.announced.places
+
+    def seed(self) -> Seed | None:
+        """What a seed that is complete has brought. Heavy; any thread may run it. Raises NonFiniteParameter."""
+        if self.header.purpose != pb.PURPOSE_SEED or not self.assembly.complete:
+            return None
+        return prepare_seed(self.assembly.fragment, decode_fragment(self.assembly.encoded()))
+
+
+class Pushes:
+    """The incomplete contributions and seeds of one model, by key."""
+
+    def __init__(self, layout: Layout, uplink: Format) -> None:
+        self._layout = layout
+        self._uplink = uplink
+        self._assemblies: dict[Key, Assembly] = {}
+
+    def read(self, header: pb.PushHeader) -> Announcement:
+        """Check a header. Raises InvalidContribution, naming the worker and what it should have sent."""
+        fragment = self._fragment(header)
+        fmt = self._format(header)
+        parts = [(p.first_block, p.num_blocks) for p in header.parts]
+        return Announcement(header, fragment, fmt, tuple(frame_places(fragment, fmt, parts, header.frame_digests)))
+
+    def claim(self, announced: Announcement) -> Ticket:
+        """Make room for the announced frames, beside those that other streams of the same contribution bring.
+
+        Raises InvalidContribution when the streams of one contribution disagree on the work behind it.
+        """
+        header, key = announced.header, announced.key
+        assembly = self._assemblies.get(key)
+        if assembly is None or not assembly.claim(announced.places):
+            # Nothing incomplete was ever acknowledged: a worker that starts over may bring other bytes.
+            assembly = Assembly(announced.fragment, announced.format, tokens=header.tokens, steps=header.steps)
+            fits = assembly.claim(announced.places)
+            assert fits, "the frames of one stream do not overlap"
+            self._assemblies[key] = assembly
+        elif (assembly.tokens, assembly.steps) != (header.tokens, header.steps):
+            raise InvalidContribution(
+                f"worker {key.worker_id!r}, fragment {key.fragment}: one part says {assembly.tokens} tokens and "
+                f"{assembly.steps} steps, another {header.tokens} and {header.steps}; all parts must say the same"
+            )
+        return Ticket(announced, assembly)
+
+    def holds(self, ticket: Ticket) -> bool:
+        """Whether the ticket's assembly is still the one that counts under its key."""
+        return self._assemblies.get(ticket.announced.key) is ticket.assembly
+
+    def take(self, ticket: Ticket) -> None:
+        """The assembly is complete and leaves."""
+        del self._assemblies[ticket.announced.key]
+
+    def drop_round(self, fragment: int, base_version: int) -> None:
+        """The round is over: what was not complete by then is of no use."""
+        gone = [k for k in self._assemblies if (k.fragment, k.base_version) == (fragment, base_version)]
+        for key in gone:
+            del self._assemblies[key]
+
+    def clear(self) -> None:
+        self._assemblies.clear()
+
+    def _fragment(self, header: pb.PushHeader) -> Fragment:
+        who = f"worker {header.worker_id!r}"
+        if header.purpose == pb.PURPOSE_SEED:
+            if header.base_version != 0:
+                raise InvalidContribution(f"{who} pushed a seed as version {header.base_version}; it is version 0")
+            count = len(self._layout.fragments)
+        elif header.purpose == pb.PURPOSE_CONTRIBUTION:
+            if header.tokens < 1 or header.steps < 1:
+                raise InvalidContribution(f"{who} pushed a contribution without any step or token behind it")
+            count = self._layout.num_trained
+        else:
+            raise InvalidContribution(f"{who} pushed with unknown purpose {header.purpose}")
+        if header.fragment >= count:
+            raise InvalidContribution(f"{who} pushed fragment {header.fragment}; this run has {count}")
+        return self._layout.fragments[header.fragment]
+
+    def _format(self, header: pb.PushHeader) -> Format:
+        wanted = Format.FP32 if header.purpose == pb.PURPOSE_SEED else self._uplink
+        if int(header.codec) != wanted:
+            raise InvalidContribution(
+                f"worker {header.worker_id!r} pushed codec {header.codec}; this run takes {wanted.label}"
+            )
+        return wanted
