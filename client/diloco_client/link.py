@@ -217,7 +217,7 @@ class Link:
                         self._start_step = event.opened.start_step
                 case "waiting":
                     log.warning(
-                        "%d of %d workers are here; the run opens when all are",
+                        "%d of %d workers are here; the run waits for the others",
                         event.waiting.ready,
                         event.waiting.needed,
                     )

@@ -217,18 +217,25 @@ class Run:
         if self.opened:
             self._tell(member, opened=pb.Opened(start_step=self.step()))
             return
-        ready = self.members.in_state(MemberState.READY)
-        if len(ready) < self.config.min_workers:
-            waiting = pb.Waiting(ready=len(ready), needed=self.config.min_workers)
-            for other in ready:
-                self._tell(other, waiting=waiting)
+        if self._too_few():
             return
+        ready = self.members.in_state(MemberState.READY)
         self.opened = True
         for fragment in range(self.layout.num_trained):
             self._open_round(fragment, now)
         for other in ready:
             other.moves(now)
             self._tell(other, opened=pb.Opened(start_step=0))
+
+    def _too_few(self) -> bool:
+        """Whether fewer than `min_workers` train; those who do are told that the run waits for more."""
+        ready = self.members.in_state(MemberState.READY)
+        too_few = len(ready) < self.config.min_workers
+        if too_few:
+            log.warning("%d of %d workers are here: the run waits for more", len(ready), self.config.min_workers)
+            for member in ready:
+                self._tell(member, waiting=pb.Waiting(ready=len(ready), needed=self.config.min_workers))
+        return too_few
 
     def step(self) -> int:
         """The run's current inner step: that of the furthest worker, live ones first."""
@@ -254,6 +261,8 @@ class Run:
         self._set_state(member, MemberState.GONE, now)
         if not self.seeded:
             self._appoint_seeder()
+        if self.opened and not self.rounds.ending:
+            self._too_few()
 
     def tick(self, now: float) -> None:
         """Let time pass: leases run out, and the patience with workers that beat without training."""

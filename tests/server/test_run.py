@@ -908,3 +908,12 @@ def test_what_a_superseded_process_was_pushing_is_not_staged() -> None:
     ticket.assembly.add(ticket.places[0], read_frame(frames[0]))
     with pytest.raises(Superseded):
         sim.run.finish_push(ticket, 0.0)
+
+
+def test_who_is_left_below_the_floor_is_told_what_the_run_waits_for() -> None:
+    sim = Sim(min_workers=2).enter("a", "b")
+    sim.contribute("a", 1.0)
+    assert "opened" in sim.told("a")
+    sim.say("b", "leave")
+    assert sim.versions() == [0, 0]
+    assert sim.told("a") == {"waiting": pb.Waiting(ready=1, needed=2)}
