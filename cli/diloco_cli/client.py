@@ -64,8 +64,8 @@ def demo_command(**values: Any) -> None:
 @click.argument("address")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--watch", is_flag=True, help="Keep looking, every --interval seconds, until Ctrl-C.")
-@click.option("--interval", default=2.0, help="Seconds between looks.")
-@click.option("--timeout", default=10.0, help="Seconds to wait for an answer.")
+@click.option("--interval", default=2.0, type=click.FloatRange(min=0.1), help="Seconds between looks.")
+@click.option("--timeout", default=10.0, type=click.FloatRange(min=0.1), help="Seconds to wait for an answer.")
 def status_command(address: str, as_json: bool, watch: bool, interval: float, timeout: float) -> None:
     """Workers, fragments, versions and rates of the run at ADDRESS (HOST:PORT)."""
     with one_line_errors():
@@ -92,7 +92,7 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
 @main.command("export")
 @click.argument("address")
 @click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--timeout", default=30.0, help="Seconds to wait for an answer.")
+@click.option("--timeout", default=30.0, type=click.FloatRange(min=0.1), help="Seconds to wait for an answer.")
 def export_command(address: str, path: Path, timeout: float) -> None:
     """Write the global parameters of the run at ADDRESS to PATH, a safetensors file."""
     with one_line_errors():

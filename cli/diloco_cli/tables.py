@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -43,11 +44,11 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
     for w in workers:
         seconds = w["train_seconds"]
         table.add_row(
-            w["worker_id"],
+            escape(w["worker_id"]),
             w["state"],
             _duration(w["seen_seconds"]),
             str(w["step"]),
-            f"{w['step'] / seconds:.2f}" if seconds else "",
+            f"{w['steps'] / seconds:.2f}" if seconds else "",
             f"{w['stall_seconds'] / seconds:.1%}" if seconds else "",
             _size(w["bytes_up"]),
             _size(w["bytes_down"]),
@@ -69,8 +70,8 @@ def _fragments(fragments: list[dict[str, Any]]) -> Table:
             _duration(f["round_seconds"]) if f["version"] else "",
             _size(f["update_bytes"]) if f["version"] else "",
             f"{8 * f['update_bytes'] / f['parameters']:.2f}" if f["version"] else "",
-            ", ".join(f["contributed"]),
-            ", ".join(f["waiting_for"]),
+            escape(", ".join(f["contributed"])),
+            escape(", ".join(f["waiting_for"])),
         )
     return table
 

@@ -1,7 +1,7 @@
 """A torch model seen as flat fragments: which tensors take part, and how values go out of them and back in.
 
-`capture`, `merge` and `adopt` run on the training thread and do no more than copies and one elementwise pass;
-`delta` and everything else that takes time runs on the courier's threads.
+`capture`, `mix`, `shift` and `adopt` run on the training thread: copies and one elementwise pass. `delta` runs on the
+courier's threads; `rebase_change`, which is only needed off schedule, on the training thread too.
 """
 
 from __future__ import annotations
@@ -92,6 +92,9 @@ class Binding:
                 "none of the model's parameters is both trainable (requires_grad) and held by the optimizer: pass the "
                 "optimizer that trains this model, after the model has been moved to its device"
             )
+        self._frozen = {
+            id(p): _plain_name(n) for n, p in self._model.named_parameters() if roles.get(_plain_name(n)) is Role.FROZEN
+        }
         return Manifest(tuple(specs))
 
     def check_optimizers(self) -> None:
@@ -107,19 +110,30 @@ class Binding:
                     raise MasterWeights(_master_message(kind, f"it has `{attribute}`"))
             if getattr(optimizer, "master_weights", False) is True:
                 raise MasterWeights(_master_message(kind, "it was made with master_weights=True"))
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if id(parameter) not in ours:
-                        shape = list(parameter.shape)
-                        raise MasterWeights(
-                            _master_message(
-                                kind, f"it steps a {shape} tensor that is not one of the model's parameters"
-                            )
-                        )
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                if id(parameter) not in ours:
+                    raise self._foreign_parameter(kind, parameter)
+                if parameter.requires_grad and id(parameter) in self._frozen:
+                    raise UnsupportedModel(
+                        f"{self._frozen[id(parameter)]!r} was frozen when this worker joined and is trained now: it "
+                        "would differ between workers. Unfreeze it, and give it to the optimizer, before join"
+                    )
             for state in optimizer.state.values():
                 masters = [k for k, v in state.items() if "master" in str(k) and isinstance(v, torch.Tensor)]
                 if masters:
                     raise MasterWeights(_master_message(kind, f"its state holds {masters[0]!r}"))
+
+    def _foreign_parameter(self, kind: str, parameter: torch.Tensor) -> UnsupportedModel:
+        """The error for a parameter that the optimizer steps and the model does not have."""
+        shape = list(parameter.shape)
+        if any(p.shape == parameter.shape for p in self._model.parameters()):
+            return MasterWeights(
+                _master_message(kind, f"it steps a {shape} tensor that is not one of the model's parameters")
+            )
+        return UnsupportedModel(
+            f"the optimizer {kind} steps a {shape} tensor that is no parameter of the model given to join: pass one "
+            "module that holds all that the optimizer trains"
+        )
 
     def attach(self, layout: Layout) -> None:
         """Settle where each tensor lies in its fragment."""
@@ -233,9 +247,9 @@ class Binding:
         for fragment in self.layout.trained:
             for slot in fragment.slots:
                 value = bases[fragment.index][slot.offset : slot.end].reshape(slot.tensor.shape)
-                value = value.to(self._tensors[slot.tensor.name].dtype, copy=True)
+                dtype = self._tensors[slot.tensor.name].dtype
                 for name in (slot.tensor.name, *slot.tensor.tied):
-                    theta[name] = value
+                    theta[name] = value.to(dtype, copy=True)
         state: dict[str, Any] = self._model.state_dict()
         return {
             name: theta[_plain_name(name)] if _plain_name(name) in theta else _detached(value)
@@ -261,7 +275,7 @@ class Binding:
 def host_buffer(length: int, *, pinned: bool, zero: bool = False) -> torch.Tensor:
     """float32[length] in host memory."""
     make = torch.zeros if zero else torch.empty
-    return make(length, dtype=torch.float32, pin_memory=pinned)
+    return make(length, dtype=torch.float32, device="cpu", pin_memory=pinned)
 
 
 def non_finite(fragment: Fragment, index: int) -> NonFiniteParameter:
@@ -273,7 +287,7 @@ def non_finite(fragment: Fragment, index: int) -> NonFiniteParameter:
 
 def _fill(flat: torch.Tensor, tensors: Iterable[tuple[int, int, torch.Tensor]]) -> None:
     for offset, end, local in tensors:
-        flat[offset:end].view(local.shape).copy_(local, non_blocking=True)
+        flat[offset:end].view(local.shape).copy_(local, non_blocking=flat.is_cuda)
 
 
 def _plain_name(name: str) -> str:

@@ -93,6 +93,7 @@ class Courier:
         self._fates: list[dict[int, bool]] = [{} for _ in range(count)]
         self._changed = threading.Condition()
         self._connected = True
+        self._held = False
         self._fatal: DilocoError | None = None
         self._uphill: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         self._downhill: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -133,9 +134,10 @@ class Courier:
             return self._take(fragment)
 
     def wait(self, fragment: int) -> None:
-        """Wait until `take` has something, or the server is out of reach."""
+        """Wait until `take` has something; not while the server is out of reach or too few workers train for a
+        round to close: then the training goes on, and what was pushed is merged later."""
         with record_function("diloco::wait"), self._changed:
-            while not self._settled(fragment) and self._connected:
+            while not self._settled(fragment) and self._connected and not self._held:
                 self.raise_fatal()
                 self._changed.wait(1.0)
 
@@ -167,7 +169,7 @@ class Courier:
 
     def raise_fatal(self) -> None:
         if self._fatal is not None:
-            raise self._fatal
+            raise self._fatal.with_traceback(None) from None
 
     def _settled(self, fragment: int) -> bool:
         flight, arrived = self._flights[fragment], self._arrived[fragment]
@@ -190,6 +192,7 @@ class Courier:
     def on_committed(self, event: pb.Committed) -> None:
         """A round is over: note this worker's fate in it and fetch the update."""
         with self._changed:
+            self._held = False
             self._fates[event.fragment][event.version] = event.fate == pb.FATE_COUNTED
             self._settle_fate(event.fragment)
             self._announce(event.fragment, event.version)
@@ -211,6 +214,12 @@ class Courier:
     def on_lost(self) -> None:
         with self._changed:
             self._connected = False
+            self._changed.notify_all()
+
+    def set_held(self, held: bool) -> None:
+        """Whether rounds wait for more workers to join; the next one that closes ends it too."""
+        with self._changed:
+            self._held = held
             self._changed.notify_all()
 
     def notify(self) -> None:

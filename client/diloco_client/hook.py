@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +22,7 @@ from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import digest
-from diloco_proto.errors import DilocoError, ServerUnreachable
+from diloco_proto.errors import ConnectionClosed, DilocoError, ServerUnreachable
 from diloco_proto.schedule import Schedule
 
 from .binding import Binding
@@ -50,17 +52,17 @@ def join(
 
     Blocks until the run is open (its `min_workers` have joined); then the model's parameters are the global ones.
     The first worker's parameters become the run's, unless the server was given some. With several optimizers an
-    inner step is over when the last of them has stepped.
+    inner step is over when the last one in the list has stepped.
 
     `worker_id` names this worker; the same name in two live processes makes the older one stop. It defaults to
-    host name and process id. `connect_timeout` (seconds) bounds the wait for the server to answer.
+    host name, process id and a random suffix. `connect_timeout` (seconds) bounds the wait for the server to answer.
 
     Raises InvalidAddress, ServerUnreachable, UnsupportedModel, MasterWeights, ManifestMismatch (naming the first
     tensor that differs) or another DilocoError. Use the result in a `with` block; leaving it flushes.
     """
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    if not optimizers:
-        raise ValueError("join needs at least one optimizer")
+    if not optimizers or not all(isinstance(o, torch.optim.Optimizer) for o in optimizers):
+        raise TypeError("join(address, model, optimizer): optimizer must be a torch optimizer or a list of them")
     try:
         binding = Binding(model, optimizers)
         return Outer(Transport(address), binding, optimizers, worker_id or _default_id(), connect_timeout)
@@ -93,8 +95,10 @@ class Outer:
         self._not_counted = 0
         self._stall_seconds = 0.0
         self._closed = False
-        self._finished = False
-        self._checked_optimizers = False
+        self._closed_at: float | None = None
+        self._finishing = False
+        self._flushed = False
+        self._waiting_since: float | None = None
         self._pid = os.getpid()
         self._link = Link(transport, binding, worker_id, self._beat)
         try:
@@ -119,13 +123,15 @@ class Outer:
     def stats(self) -> Stats:
         """How this worker has fared so far."""
         counters = self._transport.counters
+        now = self._closed_at or time.monotonic()
+        waiting_since = self._waiting_since
         return Stats(
             steps=self._steps_taken,
             rounds=self._rounds,
             counted=self._counted,
             not_counted=self._not_counted,
-            stall_seconds=self._stall_seconds,
-            train_seconds=time.monotonic() - self._joined_at,
+            stall_seconds=self._stall_seconds + (now - waiting_since if waiting_since else 0.0),
+            train_seconds=now - self._joined_at,
             bytes_up=counters.bytes_up,
             bytes_down=counters.bytes_down,
             bits_up=_bits(counters.contribution_bytes, counters.contribution_parameters),
@@ -156,10 +162,12 @@ class Outer:
         stays away for FLUSH_PATIENCE seconds; the model keeps its local parameters then.
         """
         courier = self._courier
+        if self._closed:
+            raise ConnectionClosed("this worker has left the run; join again to flush")
         for fragment in range(self._link.layout.num_trained):
             self._push_remainder(fragment)
         self._wait_until(courier.staged)
-        self._finished = True
+        self._finishing = True
         self._link.finishing()
         while not courier.none_in_flight():
             self._wait_until(courier.anything_ready)
@@ -174,6 +182,7 @@ class Outer:
             self._binding.adopt(fragment, base.theta)
             self._counted_until[fragment] = self._step
             self._since_version[fragment] = base.version
+        self._flushed = True
 
     def close(self) -> None:
         """Leave the run without flushing; hooks are removed. Leaving the `with` block does it."""
@@ -186,7 +195,7 @@ class Outer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and not self._closed and not self._finished:
+            if kind is None and not self._closed and not self._flushed:
                 self.flush()
         finally:
             self._close("done" if kind is None else f"stopped by {kind.__name__}")
@@ -195,6 +204,7 @@ class Outer:
         if self._closed:
             return
         self._closed = True
+        self._closed_at = time.monotonic()
         self._hook.remove()
         self._link.close(reason)
 
@@ -204,13 +214,12 @@ class Outer:
         if os.getpid() != self._pid:
             return  # a forked child of the trainer, such as a DataLoader worker
         self._courier.raise_fatal()
-        if not self._checked_optimizers:
-            self._binding.check_optimizers()
-            self._checked_optimizers = True
-        if self._finished:
-            self._finished = False
+        if self._finishing:
+            self._finishing = self._flushed = False
             self._link.ready()
         self._step += 1
+        if self._steps_taken % self._schedule.sync_every == 0:
+            self._binding.check_optimizers()
         self._steps_taken += 1
         due = self._schedule.due(self._step)
         for fragment in due.push:
@@ -241,9 +250,8 @@ class Outer:
         """At the step of a merge: wait until the contribution's fate and the new base are here."""
         if self._courier.flight(fragment) is None:
             return
-        began = time.monotonic()
-        self._courier.wait(fragment)
-        self._stall_seconds += time.monotonic() - began
+        with self._stalled():
+            self._courier.wait(fragment)
 
     def _merge_arrivals(self, *, early: bool = False) -> None:
         """Merge what has arrived: what is due now, what is late, and rounds that this worker was not in.
@@ -277,15 +285,23 @@ class Outer:
             self._not_counted += 1
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
-        with record_function("diloco::wait"):
-            began = time.monotonic()
+        with record_function("diloco::wait"), self._stalled():
             reached = self._courier.wait_until(condition, FLUSH_PATIENCE)
-            self._stall_seconds += time.monotonic() - began
         if not reached:
             raise ServerUnreachable(
                 f"the server at {self._transport.address} has been out of reach for {FLUSH_PATIENCE:.0f} s while "
                 "this worker flushed; its parameters are the local ones"
             )
+
+    @contextmanager
+    def _stalled(self) -> Iterator[None]:
+        """Count the time within as stalled, also while it lasts."""
+        self._waiting_since = began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+            self._stall_seconds += time.monotonic() - began
 
     def _beat(self) -> pb.Heartbeat:
         stats = self.stats
@@ -295,6 +311,7 @@ class Outer:
             bytes_up=stats.bytes_up,
             bytes_down=stats.bytes_down,
             train_seconds=stats.train_seconds,
+            steps=stats.steps,
         )
 
 
@@ -303,4 +320,4 @@ def _bits(size: int, parameters: int) -> float:
 
 
 def _default_id() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"

@@ -46,6 +46,7 @@ class Link:
         self._start_step: int | None = None
         self._fatal: DilocoError | None = None
         self._final: dict[int, int] | None = None
+        self._flushes = 0
         self._courier: Courier | None = None
 
     @property
@@ -92,14 +93,16 @@ class Link:
 
     def ready(self) -> None:
         """The worker trains again after it had finished."""
-        self._final = None
         self._session.say(pb.SessionRequest(ready=pb.Ready()))
 
     def finishing(self) -> None:
         self._session.say(pb.SessionRequest(finishing=pb.Finishing()))
 
     def finished(self) -> None:
-        self._session.say(pb.SessionRequest(finished=pb.Finished()))
+        """Wait for the others from now on; `everyone_finished` says when they have come."""
+        self._final = None
+        self._flushes += 1
+        self._session.say(pb.SessionRequest(finished=pb.Finished(flush=self._flushes)))
 
     def everyone_finished(self) -> bool:
         """Every live worker has finished and this one holds, or has arriving, the final version of each fragment."""
@@ -167,7 +170,7 @@ class Link:
         with self._changed:
             while not condition():
                 if self._fatal is not None:
-                    raise self._fatal
+                    raise self._fatal.with_traceback(None) from None
                 if deadline is not None and time.monotonic() > deadline:
                     raise ServerUnreachable(
                         f"{self._transport.address} accepted a connection, but no diloco-server answered within "
@@ -215,12 +218,14 @@ class Link:
                 case "opened":
                     if self._start_step is None:
                         self._start_step = event.opened.start_step
+                    self.courier.set_held(False)
                 case "waiting":
                     log.warning(
-                        "%d of %d workers are here; the run waits for the others",
+                        "%d of %d workers are here; no round closes until the others have joined",
                         event.waiting.ready,
                         event.waiting.needed,
                     )
+                    self.courier.set_held(True)
                 case "all_finished":
                     self.courier.on_versions(list(event.all_finished.versions))
                     trained = event.all_finished.versions[: self.layout.num_trained]

@@ -48,6 +48,7 @@ def status_dict(message: pb.RunStatus) -> dict[str, Any]:
                 "state": w.state,
                 "seen_seconds": w.seen_seconds,
                 "step": w.last.step,
+                "steps": w.last.steps,
                 "train_seconds": w.last.train_seconds,
                 "stall_seconds": w.last.stall_seconds,
                 "bytes_up": w.last.bytes_up,
@@ -91,7 +92,8 @@ def export(address: str, path: Path, timeout: float = 30.0) -> int:
         layout = build_layout(manifest, int(config["num_fragments"]), Pattern(config["fragment_pattern"]))
         tensors: dict[str, tuple[TensorSpec, NDArray[Any]]] = {}
         for fragment in layout.fragments:
-            tensors |= _tensors(fragment, _pull_snapshot(transport, description.run_id, fragment))
+            values = _pull_snapshot(transport, description.run_id, fragment, timeout)
+            tensors |= _tensors(fragment, values)
     finally:
         transport.close()
     metadata = {f"tied.{t.name}": ",".join(t.tied) for t in manifest.tensors if t.tied}
@@ -108,8 +110,8 @@ def export(address: str, path: Path, timeout: float = 30.0) -> int:
     return len(tensors)
 
 
-def _pull_snapshot(transport: Transport, run_id: str, fragment: Fragment) -> Floats:
-    items = transport.pull(pb.PullRequest(run_id=run_id, fragment=fragment.index, snapshot=True))
+def _pull_snapshot(transport: Transport, run_id: str, fragment: Fragment, timeout: float) -> Floats:
+    items = transport.pull(pb.PullRequest(run_id=run_id, fragment=fragment.index, snapshot=True), timeout)
     values = np.empty(fragment.length, np.float32)
     try:
         items[-1].apply(values)

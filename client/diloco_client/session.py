@@ -52,7 +52,7 @@ class Session:
         self._heartbeat_seconds = 1.0
         self._outgoing: queue.Queue[pb.SessionRequest | None] = queue.Queue()
         self._standing: pb.SessionRequest | None = None
-        self._closing = False
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diloco-session", daemon=True)
 
     def start(self) -> None:
@@ -65,7 +65,7 @@ class Session:
 
     def close(self, reason: str, timeout: float = 5.0) -> None:
         """Leave the run."""
-        self._closing = True
+        self._closing.set()
         if self._thread.is_alive():
             self._outgoing.put(pb.SessionRequest(heartbeat=self._beat()))
             self._outgoing.put(pb.SessionRequest(leave=pb.Leave(reason=reason)))
@@ -74,12 +74,12 @@ class Session:
 
     def _run(self) -> None:
         attempt = 0
-        while not self._closing:
+        while not self._closing.is_set():
             try:
                 for event in self._transport.session(self._requests()):
                     attempt = 0
                     self._handle(event)
-                if self._closing:
+                if self._closing.is_set():
                     return
                 lost = "the server ended the session"
             except (ConnectionError, *RETRY_LATER) as error:
@@ -87,12 +87,17 @@ class Session:
             except DilocoError as error:
                 self._on_fatal(error)
                 return
-            if self._closing:
+            except Exception as error:
+                if not self._closing.is_set():
+                    log.exception("the session of diloco failed")
+                    self._on_fatal(DilocoError(f"the session of diloco failed: {error!r}; please report this"))
+                return
+            if self._closing.is_set():
                 return
             if attempt == 0:
                 log.warning("lost the server at %s (%s); training goes on", self._transport.address, lost)
             self._on_lost()
-            if self._transport.closed.wait(self._transport.retry.pause(attempt)):
+            if self._closing.wait(self._transport.retry.pause(attempt)):
                 return
             attempt += 1
 

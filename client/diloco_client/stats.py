@@ -18,7 +18,7 @@ class Stats:
     not_counted: int
     """Contributions that came too late for their round; their work stayed in the parameters."""
     stall_seconds: float
-    """Time in which the training thread waited for the network."""
+    """Time in which the training thread waited: for the network, or for other workers."""
     train_seconds: float
     """Time since the run opened for this worker."""
     bytes_up: int

@@ -10,6 +10,7 @@ import logging
 import queue
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -44,6 +45,8 @@ _FINAL = (
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
 """Statuses that gRPC itself gives for what no new attempt can mend, such as a message over the limit."""
+
+_LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 RETRY_LATER = (ConnectionClosed, NotMember, NotReady, SnapshotExpired)
 """What the server may answer although the same call can succeed later."""
@@ -136,8 +139,11 @@ class Transport:
         self.retry = retry or Retry()
         self.counters = Counters()
         self.closed = threading.Event()
-        self._session_channel = grpc.insecure_channel(self.address, CLIENT_OPTIONS)
-        self._bulk_channel = grpc.insecure_channel(self.address, CLIENT_OPTIONS)
+        options = [*CLIENT_OPTIONS]
+        if self.address.startswith(_LOOPBACK):
+            options.append(("grpc.enable_http_proxy", 0))  # a proxy cannot know what is on this machine
+        self._session_channel = grpc.insecure_channel(self.address, options)
+        self._bulk_channel = grpc.insecure_channel(self.address, options)
         self._control = rpc.OuterStub(self._session_channel)  # type: ignore[no-untyped-call]
         self._bulk = rpc.OuterStub(self._bulk_channel)  # type: ignore[no-untyped-call]
 
@@ -182,10 +188,13 @@ class Transport:
         """Push until the server says what became of it. Blocks; raises typed errors that no retry can mend."""
         return self._retrying(lambda: self._push_once(header, frames))
 
-    def pull(self, request: pb.PullRequest) -> list[PulledItem]:
-        """The updates since a version, or a snapshot. A broken transfer goes on at the frame where it broke."""
+    def pull(self, request: pb.PullRequest, patience: float | None = None) -> list[PulledItem]:
+        """The updates since a version, or a snapshot. A broken transfer goes on at the frame where it broke.
+
+        Raises ServerUnreachable when it still fails after `patience` seconds; None is for ever.
+        """
         reader = _PullReader()
-        return self._retrying(lambda: self._pull_once(request, reader))
+        return self._retrying(lambda: self._pull_once(request, reader), patience)
 
     def describe(self, timeout: float) -> pb.RunDescription:
         """Raises ServerUnreachable when nothing answers within `timeout` seconds."""
@@ -206,13 +215,16 @@ class Transport:
                 raise named from error
             raise ServerUnreachable(f"no diloco-server answered at {self.address} within {timeout:.0f} s") from error
 
-    def _retrying(self, attempt: Callable[[], T]) -> T:
-        count = 0
+    def _retrying(self, attempt: Callable[[], T], patience: float | None = None) -> T:
+        count, began = 0, time.monotonic()
         while True:
             try:
                 return attempt()
             except (ConnectionError, *RETRY_LATER) as error:
-                log.info("a transfer to or from %s broke off and is tried again: %s", self.address, error)
+                level = logging.INFO if count == 0 else logging.DEBUG
+                log.log(level, "a transfer to or from %s broke off and is tried again: %s", self.address, error)
+                if patience is not None and time.monotonic() - began > patience:
+                    raise ServerUnreachable(f"{self.address} has not answered for {patience:.0f} s: {error}") from error
                 if self.closed.wait(self.retry.pause(count)):
                     raise
                 count += 1

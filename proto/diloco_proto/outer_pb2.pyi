@@ -164,28 +164,32 @@ class Ready(_message.Message):
     def __init__(self) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("step", "stall_seconds", "bytes_up", "bytes_down", "loss", "train_seconds")
+    __slots__ = ("step", "stall_seconds", "bytes_up", "bytes_down", "loss", "train_seconds", "steps")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     TRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     step: int
     stall_seconds: float
     bytes_up: int
     bytes_down: int
     loss: float
     train_seconds: float
-    def __init__(self, step: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., loss: _Optional[float] = ..., train_seconds: _Optional[float] = ...) -> None: ...
+    steps: int
+    def __init__(self, step: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., loss: _Optional[float] = ..., train_seconds: _Optional[float] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class Finishing(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("flush",)
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
+    flush: int
+    def __init__(self, flush: _Optional[int] = ...) -> None: ...
 
 class Leave(_message.Message):
     __slots__ = ("reason",)

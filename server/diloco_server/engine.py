@@ -61,7 +61,8 @@ class Engine:
         member.seen = self.clock()  # the first hello seeds the run from --init, which takes a while
         former = self._sessions.get(member.worker_id)
         if former is not None:
-            offer(former, Superseded(f"worker {member.worker_id!r} has opened another session"))
+            text = f"worker {member.worker_id!r} has joined again: stop this process, or give it another worker_id"
+            offer(former, Superseded(text))
         queue: SessionQueue = asyncio.Queue(SESSION_QUEUE)
         self._sessions[member.worker_id] = queue
         self.settle()
@@ -142,6 +143,12 @@ class Engine:
     async def drain(self, reason: str) -> None:
         """Take no more rounds, tell the workers, let running commits end."""
         self.draining = True
+        log.warning(
+            "shutting down (%s): run %s ends after %d rounds; its parameters were in memory only",
+            reason,
+            self.run.run_id,
+            self.run.rounds_committed,
+        )
         for queue in self._sessions.values():
             offer(queue, pb.SessionEvent(draining=pb.Draining(reason=reason)))
         while self._commits:

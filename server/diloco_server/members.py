@@ -32,6 +32,12 @@ class Member:
     moved: float
     """When its training was last known to go on."""
     hung: bool = False
+    done: bool = False
+    """It has said that it ends, by finishing: the run goes on without it, even after it has left."""
+    flush: int | None = None
+    """Number of its last flush together with the others."""
+    barrier: int = 0
+    """The meeting of all workers for which it has finished, counted from 1."""
     state: MemberState = MemberState.JOINING
     counted: int = 0
     not_counted: int = 0

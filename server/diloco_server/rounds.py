@@ -97,6 +97,7 @@ class Round:
     quorum_at: float | None = None
     last_at: float | None = None
     closing: bool = False
+    told_stuck: bool = False
 
     @property
     def missing(self) -> set[str]:
@@ -120,7 +121,6 @@ class Rounds:
     """
 
     def __init__(self, num_fragments: int, *, min_workers: int, grace: float | None, uniform: bool) -> None:
-        self._min_workers = min_workers
         self._grace = grace
         self._uniform = uniform
         self._open: list[Round | None] = [None] * num_fragments
@@ -128,9 +128,8 @@ class Rounds:
         self._open_times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._last_counted: list[dict[str, Counted]] = [{} for _ in range(num_fragments)]
         self.records: list[deque[RoundRecord]] = [deque(maxlen=KEPT_RECORDS) for _ in range(num_fragments)]
-        self.ending = False
-        """All live workers are finishing: the floor of `min_workers` no longer holds, or their last
-        contributions could never be counted."""
+        self.floor = min_workers
+        """Contributions without which no round closes; the run lowers it as workers end."""
 
     def open(self, fragment: int, version: int, expected: Iterable[str], now: float) -> None:
         """Open the round version -> version + 1; `expected` are the live, ready workers of this moment."""
@@ -213,6 +212,17 @@ class Rounds:
         """How long recent rounds were open; None before the first is over."""
         return median(self._open_times) if self._open_times else None
 
+    def stuck(self) -> list[set[str]]:
+        """Contributors of rounds in which nobody is missing and that are below the floor; each round once."""
+        found = []
+        for current in self._open:
+            if current is None or current.closing or current.missing or current.told_stuck:
+                continue
+            if 0 < len(current.contributions) < self.floor:
+                current.told_stuck = True
+                found.append(set(current.contributions))
+        return found
+
     def next_deadline(self) -> float | None:
         """When a grace runs out, or None when nothing but an event can close a round."""
         deadlines = [
@@ -221,7 +231,7 @@ class Rounds:
             if current is not None
             and not current.closing
             and current.quorum_at is not None
-            and len(current.contributions) >= self._floor()
+            and len(current.contributions) >= self.floor
         ]
         return min(deadlines, default=None)
 
@@ -252,11 +262,8 @@ class Rounds:
         """No contribution is waiting anywhere."""
         return all(current is None or not current.contributions for current in self._open)
 
-    def _floor(self) -> int:
-        return 1 if self.ending else self._min_workers
-
     def _note_quorum(self, current: Round, now: float) -> None:
-        quorum = max(self._floor(), -(-len(current.expected) // 2))
+        quorum = max(self.floor, -(-len(current.expected) // 2))
         if current.quorum_at is None and len(current.contributions) >= quorum:
             current.quorum_at = now
 
@@ -266,7 +273,7 @@ class Rounds:
         return max(MIN_AUTO_GRACE, median(self._fill_times)) if self._fill_times else MIN_AUTO_GRACE
 
     def _is_due(self, current: Round, now: float) -> bool:
-        if current.closing or len(current.contributions) < self._floor():
+        if current.closing or len(current.contributions) < self.floor:
             return False
         if not current.missing:
             return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
+from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -81,7 +82,8 @@ class Run:
         self._seeder: tuple[str, int] | None = None
         """Id and generation of the worker that was last asked for the parameters."""
         self._unseeded: set[int] = set()
-        self._told_finished = False
+        self._barriers = 0
+        """How often all workers have finished together."""
 
     # -- what the run is --
 
@@ -110,7 +112,8 @@ class Run:
         """Raises RunMismatch for another run's id; empty fits any."""
         if run_id and run_id != self.run_id:
             raise RunMismatch(
-                f"this server runs {self.run_id}, not {run_id}: it was started anew. Start the worker again to join"
+                f"this server runs {self.run_id}, not {run_id}: it was started anew. Start the worker again to join; "
+                "its model holds its local parameters until then"
             )
 
     def check_readable(self, fragment: int) -> None:
@@ -212,14 +215,15 @@ class Run:
             raise NotReady("ready before the run has parameters")
         member.state = MemberState.READY
         member.moves(now)
-        self._told_finished = False
-        self._note_ending()
+        member.done = False
+        self._set_floor()
         if self.opened:
             self._tell(member, opened=pb.Opened(start_step=self.step()))
             return
-        if self._too_few():
-            return
         ready = self.members.in_state(MemberState.READY)
+        if len(ready) < self.rounds.floor:
+            self._tell_waiting(ready)
+            return
         self.opened = True
         for fragment in range(self.layout.num_trained):
             self._open_round(fragment, now)
@@ -227,15 +231,12 @@ class Run:
             other.moves(now)
             self._tell(other, opened=pb.Opened(start_step=0))
 
-    def _too_few(self) -> bool:
-        """Whether fewer than `min_workers` train; those who do are told that the run waits for more."""
-        ready = self.members.in_state(MemberState.READY)
-        too_few = len(ready) < self.config.min_workers
-        if too_few:
-            log.warning("%d of %d workers are here: the run waits for more", len(ready), self.config.min_workers)
-            for member in ready:
-                self._tell(member, waiting=pb.Waiting(ready=len(ready), needed=self.config.min_workers))
-        return too_few
+    def _tell_waiting(self, members: Iterable[Member]) -> None:
+        """Tell these workers that no round closes until more have joined."""
+        ready, needed = len(self.members.in_state(MemberState.READY)), self.rounds.floor
+        log.warning("%d of %d workers are here: no round closes until more have joined", ready, needed)
+        for member in members:
+            self._tell(member, waiting=pb.Waiting(ready=ready, needed=needed))
 
     def step(self) -> int:
         """The run's current inner step: that of the furthest worker, live ones first."""
@@ -251,9 +252,12 @@ class Run:
     def finishing(self, member: Member, now: float) -> None:
         self._set_state(member, MemberState.FINISHING, now)
 
-    def finished(self, member: Member, now: float) -> None:
+    def finished(self, member: Member, flush: int, now: float) -> None:
+        """The worker waits for all others to finish too. The same `flush` again, after a cut, is the same wait."""
+        if flush != member.flush:
+            member.flush, member.barrier = flush, self._barriers + 1
         self._set_state(member, MemberState.FINISHED, now)
-        if self._told_finished:  # and says it again after a cut, in which it may have missed the answer
+        if member.barrier <= self._barriers:
             self._tell_finished(member)
 
     def leave(self, member: Member, now: float) -> None:
@@ -261,8 +265,6 @@ class Run:
         self._set_state(member, MemberState.GONE, now)
         if not self.seeded:
             self._appoint_seeder()
-        if self.opened and not self.rounds.ending:
-            self._too_few()
 
     def tick(self, now: float) -> None:
         """Let time pass: leases run out, and the patience with workers that beat without training."""
@@ -306,13 +308,20 @@ class Run:
 
     def _set_state(self, member: Member, state: MemberState, now: float) -> None:
         member.state = state
+        member.done = member.done or state in (MemberState.FINISHING, MemberState.FINISHED)
         if self._model is not None:
+            self._set_floor()
             self._model.rounds.no_longer_expected(member.worker_id, now)
-            self._note_ending()
 
-    def _note_ending(self) -> None:
+    def _set_floor(self) -> None:
+        """`min_workers` is the floor of a round, less those that ended by finishing; death does not lower it.
+
+        When nobody but finishing workers is left their last contributions count, however few.
+        """
         live = self.members.live()
-        self.rounds.ending = bool(live) and all(m.state in (MemberState.FINISHING, MemberState.FINISHED) for m in live)
+        ending = bool(live) and all(m.state in (MemberState.FINISHING, MemberState.FINISHED) for m in live)
+        done = sum(m.done for m in self.members.all())
+        self.rounds.floor = 1 if ending else max(1, self.config.min_workers - done)
 
     # -- pushes --
 
@@ -368,7 +377,12 @@ class Run:
 
     def due(self, now: float) -> list[Close]:
         """Rounds to commit now; each must come back through `commit` and `publish`."""
-        return self._model.rounds.due(now) if self._model and self.opened else []
+        if self._model is None or not self.opened:
+            return []
+        for waiting in self._model.rounds.stuck():
+            # They must not wait for a fate that may never come: a newcomer would not find them training.
+            self._tell_waiting([m for m in self.members.live() if m.worker_id in waiting])
+        return self._model.rounds.due(now)
 
     def commit(self, close: Close, threads: Executor | None = None) -> Committed:
         """The outer step of a close. Heavy; touches only its own fragment's parameters, so any thread may run it."""
@@ -411,10 +425,10 @@ class Run:
     def settle_finish(self) -> None:
         """Once every live worker has finished and nothing is under way, tell them so."""
         live = self.members.live()
-        if self._told_finished or not live or not self.opened or not self.rounds.idle:
+        if not live or not self.opened or not self.rounds.idle:
             return
-        if all(m.state is MemberState.FINISHED for m in live):
-            self._told_finished = True
+        if all(m.state is MemberState.FINISHED and m.barrier > self._barriers for m in live):
+            self._barriers += 1
             for member in live:
                 self._tell_finished(member)
 

@@ -12,7 +12,7 @@ import grpc
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import ACK_EVERY_FRAMES
 from diloco_proto.codec import CorruptFrame, read_frame
-from diloco_proto.errors import ERROR_KEY, DilocoError, InvalidContribution
+from diloco_proto.errors import ERROR_KEY, ConnectionClosed, DilocoError, InvalidContribution
 
 from .engine import Engine, SessionQueue, offer
 from .members import Member
@@ -50,7 +50,8 @@ def handlers(engine: Engine) -> grpc.GenericRpcHandler:
 
 async def _refuse(context: Context, error: DilocoError) -> None:
     """End the call with the error's status and class name. Never returns."""
-    log.info("refused %s: %s: %s", context.peer(), type(error).__name__, error)
+    if not isinstance(error, ConnectionClosed):
+        log.info("refused %s: %s: %s", context.peer(), type(error).__name__, error)
     await context.abort(error.status, str(error), ((ERROR_KEY, type(error).__name__),))
 
 
@@ -109,7 +110,7 @@ class Service:
                     case "finishing":
                         run.finishing(member, now)
                     case "finished":
-                        run.finished(member, now)
+                        run.finished(member, request.finished.flush, now)
                     case "leave":
                         log.info("worker %r left: %s", member.worker_id, request.leave.reason or "done")
                         run.leave(member, now)

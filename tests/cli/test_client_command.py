@@ -51,9 +51,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[st
     first = {k: v.contiguous().clone() for k, v in Tied(1).state_dict().items() if k != "head.weight"}
     save_file(first, folder / "init.safetensors")
     arguments = ["--port", "0", "--init", str(folder / "init.safetensors"), "--sync-every", "3", "--num-fragments", "2"]
-    process = subprocess.Popen(
-        [*SERVER, *arguments, "--overlap-steps", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    with (folder / "server.log").open("w") as log:  # pytest keeps the folder: it says why when this fixture fails
+        process = subprocess.Popen(
+            [*SERVER, *arguments, "--overlap-steps", "1"], stdout=subprocess.PIPE, stderr=log, text=True
+        )
     try:
         assert process.stdout is not None
         address = process.stdout.readline().split("listening on ")[1].split()[0]

@@ -145,14 +145,14 @@ def test_at_the_end_of_a_run_the_floor_is_gone() -> None:
     rounds.no_longer_expected("a", 1.0)
     rounds.no_longer_expected("b", 1.0)
     assert rounds.due(1.0) == []
-    rounds.ending = True
+    rounds.floor = 1
     assert members(rounds.due(1.0)) == ["a"]
 
 
 def test_an_empty_round_never_closes() -> None:
     rounds = rounds_of("a", grace=0.0)
     rounds.no_longer_expected("a", 1.0)
-    rounds.ending = True
+    rounds.floor = 1
     assert rounds.due(1e9) == []
     assert rounds.idle
 

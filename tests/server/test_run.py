@@ -87,6 +87,10 @@ class Sim:
         getattr(self.run, what)(self.run.members.get(worker, generation), self.now)
         self.settle()
 
+    def finish(self, worker: str, flush: int = 1) -> None:
+        self.run.finished(self.run.members.get(worker, 1), flush, self.now)
+        self.settle()
+
     def beat(self, worker: str, step: int = 0) -> None:
         self.run.heartbeat(self.run.members.get(worker, 1), pb.Heartbeat(step=step), self.now)
 
@@ -670,11 +674,11 @@ def test_at_the_end_one_contribution_is_enough() -> None:
 
 def test_all_are_told_when_all_have_finished_and_nothing_is_under_way() -> None:
     sim = Sim().enter("a", "b")
-    sim.say("a", "finished")
+    sim.finish("a")
     sim.contribute("b", 2.0)
     sim.say("b", "finishing")
     assert "all_finished" not in sim.told("a")
-    sim.say("b", "finished")
+    sim.finish("b")
     for worker in "ab":
         assert [v.version for v in sim.told(worker)["all_finished"].versions] == sim.versions() == [1, 0]
     sim.settle()
@@ -685,33 +689,33 @@ def test_all_finished_waits_for_a_staged_contribution() -> None:
     sim = Sim(min_workers=2).enter("a", "b")
     sim.hello("c")
     sim.contribute("a", 2.0)
-    sim.say("a", "finished")
-    sim.say("b", "finished")
+    sim.finish("a")
+    sim.finish("b")
+    assert sim.versions() == [1, 0], "those who end by finishing lower the floor"
     assert "all_finished" not in sim.told("a"), "c is about to train"
     sim.say("c", "leave")
-    assert sim.versions() == [1, 0]
     assert "all_finished" in sim.told("a")
 
 
 def test_whoever_missed_the_end_in_a_cut_hears_of_it() -> None:
     sim = Sim().enter("a", "b")
     for worker in "ab":
-        sim.say(worker, "finished")
+        sim.finish(worker)
     sim.told("a"), sim.told("b")  # a's was lost
     sim.hello("a")
-    sim.say("a", "finished")
+    sim.finish("a")
     assert "all_finished" in sim.told("a")
     assert "all_finished" not in sim.told("b")
 
 
 def test_training_can_go_on_after_the_end() -> None:
     sim = Sim().enter("a")
-    sim.say("a", "finished")
+    sim.finish("a")
     assert "all_finished" in sim.told("a")
     sim.say("a", "ready")
     assert "opened" in sim.told("a")
     sim.contribute("a", 1.0)
-    sim.say("a", "finished")
+    sim.finish("a", flush=2)
     assert [v.version for v in sim.told("a")["all_finished"].versions] == [1, 0]
 
 
@@ -719,7 +723,7 @@ def test_a_dead_worker_does_not_keep_the_others_from_the_end() -> None:
     sim = Sim().enter("a", "dead")
     sim.at(9.0)
     sim.beat("a")
-    sim.say("a", "finished")
+    sim.finish("a")
     assert "all_finished" not in sim.told("a")
     sim.at(10.0)
     assert "all_finished" in sim.told("a")
@@ -882,7 +886,9 @@ def test_garbage_from_one_worker_does_not_keep_the_round_from_closing() -> None:
 # -- purity --
 
 
-@pytest.mark.parametrize("name", ["run", "rounds", "members", "assembly", "parameters", "outer", "checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["run", "rounds", "members", "pushes", "assembly", "parameters", "outer", "checkpoint"]
+)
 def test_the_algorithm_knows_no_clock_no_loop_and_no_network(name: str) -> None:
     tree = ast.parse((Path(diloco_server.__file__).parent / f"{name}.py").read_text())
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
@@ -917,3 +923,41 @@ def test_who_is_left_below_the_floor_is_told_what_the_run_waits_for() -> None:
     sim.say("b", "leave")
     assert sim.versions() == [0, 0]
     assert sim.told("a") == {"waiting": pb.Waiting(ready=1, needed=2)}
+    sim.settle()
+    assert sim.told("a") == {}, "once a round"
+    sim.enter("c")
+    sim.contribute("c", 3.0)
+    assert sim.versions() == [1, 0]
+    assert sim.theta() == -2.0
+
+
+def test_a_round_that_can_still_fill_makes_nobody_wait_in_vain() -> None:
+    sim = Sim(min_workers=2).enter("a", "b")
+    sim.contribute("a", 1.0)
+    sim.say("a", "leave")
+    assert "waiting" not in sim.told("b")
+    sim.contribute("b", 3.0)
+    assert sim.versions() == [1, 0]
+
+
+def test_a_second_flush_together_waits_for_everybodys_second() -> None:
+    sim = Sim().enter("a", "b")
+    sim.finish("a")
+    sim.finish("b")
+    assert "all_finished" in sim.told("a")
+    sim.say("a", "ready")
+    sim.contribute("a", 1.0)
+    sim.finish("a", flush=2)
+    assert "all_finished" not in sim.told("a"), "b still stands where it was after the first"
+    sim.finish("b", flush=2)
+    assert "all_finished" in sim.told("a")
+
+
+def test_a_worker_that_has_finished_lowers_the_floor_and_a_dead_one_does_not() -> None:
+    sim = Sim(min_workers=2).enter("a", "b")
+    sim.say("a", "finishing")
+    sim.contribute("b", 1.0)
+    assert sim.versions() == [1, 0]
+    sim.say("a", "leave")
+    sim.contribute("b", 1.0)
+    assert sim.versions() == [2, 0]

@@ -329,7 +329,7 @@ def test_a_second_session_of_the_same_process_ends_the_first() -> None:
     with server() as running, RawWorker(running.address) as one, RawWorker(running.address) as two:
         one.enter(SMALL, [np.zeros(100)])
         two.enter(SMALL, [])
-        with refused(Superseded, grpc.StatusCode.ABORTED, "another session"):
+        with refused(Superseded, grpc.StatusCode.ABORTED, "has joined again: stop this process"):
             one.expect("all_finished")
         two.push(0, frames_of(np.ones(100)))
         assert two.expect("committed").fate == pb.FATE_COUNTED
