@@ -36,7 +36,7 @@ from .transport import PulledItem, Transport
 
 log = logging.getLogger("diloco")
 
-_COUNTED = (pb.OUTCOME_STAGED, pb.OUTCOME_ALREADY_HAVE, pb.OUTCOME_PART_HELD)
+_STAGED = (pb.OUTCOME_STAGED, pb.OUTCOME_ALREADY_HAVE, pb.OUTCOME_PART_HELD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ class Flight:
     header: pb.PushHeader | None = None
     frames: list[bytes] | None = None
     outcome: pb.OutcomeKind | None = None
+    in_round: bool | None = None
+    """Whether the round it was pushed for has counted it, by the event of its commit; None before that."""
     counted: bool | None = None
     """The fate; None while unknown."""
 
@@ -90,7 +92,6 @@ class Courier:
         self._flights: list[Flight | None] = [None] * count
         self._arrived: list[Base | None] = [None] * count
         self._announced = [0] * count
-        self._fates: list[dict[int, bool]] = [{} for _ in range(count)]
         self._changed = threading.Condition()
         self._connected = True
         self._held = False
@@ -193,7 +194,9 @@ class Courier:
         """A round is over: note this worker's fate in it and fetch the update."""
         with self._changed:
             self._held = False
-            self._fates[event.fragment][event.version] = event.fate == pb.FATE_COUNTED
+            flight = self._flights[event.fragment]
+            if flight is not None and event.version == flight.base.version + 1:
+                flight.in_round = event.fate == pb.FATE_COUNTED
             self._settle_fate(event.fragment)
             self._announce(event.fragment, event.version)
 
@@ -206,7 +209,7 @@ class Courier:
                     continue
                 self._announce(entry.fragment, entry.version)
                 flight = self._flights[entry.fragment]
-                if flight and flight.outcome in _COUNTED and flight.counted is None:
+                if flight and flight.outcome in _STAGED and flight.counted is None:
                     flight.outcome = None
                     self._uphill.put(flight)
             self._changed.notify_all()
@@ -249,9 +252,7 @@ class Courier:
         elif flight.outcome in (pb.OUTCOME_CLOSED, pb.OUTCOME_CONFLICT):
             flight.counted = False
         else:
-            flight.counted = self._fates[fragment].get(flight.base.version + 1)
-        if flight.counted is not None:
-            self._fates[fragment] = {v: f for v, f in self._fates[fragment].items() if v > flight.base.version + 1}
+            flight.counted = flight.in_round
         self._changed.notify_all()
 
     # -- push thread --

@@ -212,6 +212,12 @@ class Rounds:
         """How long recent rounds were open; None before the first is over."""
         return median(self._open_times) if self._open_times else None
 
+    def tell_again(self) -> None:
+        """Somebody came (back) who may not have heard which rounds are stuck."""
+        for current in self._open:
+            if current is not None:
+                current.told_stuck = False
+
     def stuck(self) -> list[set[str]]:
         """Contributors of rounds in which nobody is missing and that are below the floor; each round once."""
         found = []

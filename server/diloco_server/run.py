@@ -219,6 +219,7 @@ class Run:
         self._set_floor()
         if self.opened:
             self._tell(member, opened=pb.Opened(start_step=self.step()))
+            self.rounds.tell_again()
             return
         ready = self.members.in_state(MemberState.READY)
         if len(ready) < self.rounds.floor:

@@ -925,6 +925,9 @@ def test_who_is_left_below_the_floor_is_told_what_the_run_waits_for() -> None:
     assert sim.told("a") == {"waiting": pb.Waiting(ready=1, needed=2)}
     sim.settle()
     assert sim.told("a") == {}, "once a round"
+    sim.hello("a")
+    sim.say("a", "ready")
+    assert "waiting" in sim.told("a"), "it may have been lost in a cut"
     sim.enter("c")
     sim.contribute("c", 3.0)
     assert sim.versions() == [1, 0]
