@@ -5,14 +5,16 @@
 Every figure is a fraction of memcpy's bandwidth (bytes read and written, np.copyto of arrays far larger than the
 caches), measured in the same run and interleaved with it, by the bytes that the work has to touch:
 
-    encode_F    reads 4 bytes a parameter, writes the encoded ones (0.516 for 4-bit formats)
+    encode_F    reads 4 bytes a parameter, writes the encoded ones (0.516 for 4-bit formats, 0.266 for 2-bit ones)
+    feedback_F  the same with error feedback: also writes the residual, reads and writes theta, 16 bytes
     decode_F    decode and accumulate: reads the encoded bytes and 4, writes 4
     commit4_F   the outer step on four contributions: theta, momentum and residual read and written, 24 bytes;
-                five times the encoded bytes
+                four times the encoded bytes, and once those of the update, which is in F, or in int4 where F is
+                for contributions only
 
-for F = int4, e3m0. With --json the last line is one JSON object with the keys encode_int4, decode_int4,
-commit4_int4, encode_e3m0, decode_e3m0, commit4_e3m0 (fractions, medians over the repeats), memcpy_gb_s (the
-median bandwidth in GB/s) and threads. Writing also reads the lines to be written, which memcpy avoids with
+for F = int4, e3m0, int2, ternary. With --json the last line is one JSON object with the keys encode_int4,
+feedback_int4, decode_int4, commit4_int4, encode_e3m0 and so on (fractions, medians over the repeats), memcpy_gb_s
+(the median bandwidth in GB/s) and threads. Writing also reads the lines to be written, which memcpy avoids with
 streaming stores for large arrays on some machines and not on others; the fractions do not correct for that.
 """
 
@@ -31,10 +33,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from diloco_proto.codec import BLOCK, Encoded, Format, accumulate, encode, encode_fragment
+from diloco_proto.codec import BLOCK, Encoded, Format, accumulate, encode, encode_feedback, encode_fragment
 from diloco_server.outer import FragmentState, OuterSettings, commit
 
 CONTRIBUTIONS = 4
+FORMATS = (Format.INT4, Format.E3M0, Format.INT2, Format.TERNARY)
+UPLINK_ONLY = (Format.INT2, Format.TERNARY)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -54,7 +58,7 @@ def spread(pool: ThreadPoolExecutor | None, threads: int, blocks: int, work: Cal
 
 
 class Bench:
-    """The arrays of one format and the three operations on them."""
+    """The arrays of one format and the operations on them."""
 
     def __init__(self, fmt: Format, params: int, threads: int, pool: ThreadPoolExecutor | None) -> None:
         self.fmt, self.threads, self.pool = fmt, threads, pool
@@ -67,16 +71,22 @@ class Bench:
         zeros = [np.zeros(self.x.size, np.float32) for _ in range(2)]
         self.state = FragmentState(self.x.copy(), *zeros)
         self.acc = np.zeros(self.x.size, np.float32)
-        encoded = first.nbytes / self.x.size
+        self.downlink = Format.INT4 if fmt in UPLINK_ONLY else fmt
+        encoded = fmt.spec.bits / 8
         self.touched = {
             "encode": 4 + encoded,
+            "feedback": 16 + encoded,
             "decode": 8 + encoded,
-            "commit4": 24 + encoded * (CONTRIBUTIONS + 1),
+            "commit4": 24 + encoded * CONTRIBUTIONS + self.downlink.spec.bits / 8,
         }
 
     def encode(self) -> None:
         """All values, into `target`."""
         spread(self.pool, self.threads, self.blocks, self._encode)
+
+    def feedback(self) -> None:
+        """All values, into `target`, with the state's residual and theta."""
+        spread(self.pool, self.threads, self.blocks, self._feedback)
 
     def decode(self) -> None:
         """Accumulate one contribution."""
@@ -84,7 +94,7 @@ class Bench:
 
     def commit4(self) -> None:
         """One outer step."""
-        settings = OuterSettings(optimizer="nesterov", lr=0.7, momentum=0.9, downlink=self.fmt)
+        settings = OuterSettings(optimizer="nesterov", lr=0.7, momentum=0.9, downlink=self.downlink)
         commit(self.state, self.contributions, [1.0] * CONTRIBUTIONS, settings, self.pool)
 
     def _part(self, encoded: Encoded, first: int, end: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -95,6 +105,12 @@ class Bench:
     def _encode(self, first: int, end: int) -> None:
         scales, codes = self._part(self.target, first, end)
         assert encode(self.fmt, self.x[first * BLOCK : end * BLOCK], scales, codes) < 0
+
+    def _feedback(self, first: int, end: int) -> None:
+        scales, codes = self._part(self.target, first, end)
+        part = slice(first * BLOCK, end * BLOCK)
+        residual, theta = self.state.residual[part], self.state.theta[part]
+        assert encode_feedback(self.fmt, self.x[part], scales, codes, residual, theta) < 0
 
     def _decode(self, first: int, end: int) -> None:
         scales, codes = self._part(self.contributions[0], first, end)
@@ -116,9 +132,14 @@ def measure(params: int, threads: int, repeats: int) -> dict[str, Any]:
     bandwidths: list[float] = []
     result: dict[str, Any] = {}
     speeds: dict[str, float] = {}
-    for fmt in (Format.INT4, Format.E3M0):
+    for fmt in FORMATS:
         bench = Bench(fmt, params, threads, pool)
-        works = {"encode": bench.encode, "decode": bench.decode, "commit4": bench.commit4}
+        works = {
+            "encode": bench.encode,
+            "feedback": bench.feedback,
+            "decode": bench.decode,
+            "commit4": bench.commit4,
+        }
         fractions: dict[str, list[float]] = {name: [] for name in works}
         times: dict[str, list[float]] = {name: [] for name in works}
         for work in works.values():

@@ -20,13 +20,15 @@ from .codec.formats import BLOCK
 from .errors import ConfigError, UnsupportedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Parameter dtypes whose every value float32 holds exactly."""
+"""Dtypes whose every value float32 holds exactly."""
 
 
 class Role(StrEnum):
-    """What becomes of a tensor: trained in rounds, or sent once with the snapshot."""
+    """What becomes of a tensor: trained in rounds, averaged in rounds (BatchNorm statistics), or sent once with the
+    snapshot."""
 
     TRAINED = "trained"
+    BUFFER = "buffer"
     FROZEN = "frozen"
 
 
@@ -72,7 +74,7 @@ class Manifest:
             if tensor.dtype not in DTYPES:
                 raise UnsupportedModel(
                     f"tensor {tensor.name!r} is {tensor.dtype}; the global parameters are float32, "
-                    f"so parameters must be one of {', '.join(DTYPES)}"
+                    f"so parameters and buffers must be one of {', '.join(DTYPES)}"
                 )
             if tensor.numel == 0:
                 raise UnsupportedModel(f"tensor {tensor.name!r} has no elements (shape {list(tensor.shape)})")
@@ -130,7 +132,8 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Layout:
-    """All fragments of a run: the trained ones first (0 … num_trained − 1), then the frozen one, if any."""
+    """All fragments of a run: the trained ones first (0 … num_trained − 1), then the one of all buffers, if there are
+    any, then the frozen one, if any. All but the frozen one have rounds: they are scheduled (0 … num_scheduled − 1)."""
 
     fragments: tuple[Fragment, ...]
 
@@ -141,6 +144,14 @@ class Layout:
     @property
     def trained(self) -> tuple[Fragment, ...]:
         return self.fragments[: self.num_trained]
+
+    @cached_property
+    def num_scheduled(self) -> int:
+        return sum(f.role is not Role.FROZEN for f in self.fragments)
+
+    @property
+    def scheduled(self) -> tuple[Fragment, ...]:
+        return self.fragments[: self.num_scheduled]
 
     @cached_property
     def fingerprint(self) -> int:
@@ -154,10 +165,10 @@ class Layout:
 
 
 def build_layout(manifest: Manifest, num_fragments: int, pattern: Pattern) -> Layout:
-    """Deal the manifest's tensors out to fragments.
+    """Deal the manifest's trained tensors out to fragments; all buffers make one more, all frozen tensors another.
 
     Strided and sequential keep a layer whole; balanced deals single tensors, the largest first, to the
-    fragment with the fewest bytes. A model with fewer tensors than `num_fragments` gets one fragment a tensor.
+    fragment with the fewest bytes. A model with fewer trained tensors than `num_fragments` gets one fragment for each.
     """
     if num_fragments < 1:
         raise ConfigError(f"num_fragments is {num_fragments}; it must be at least 1")
@@ -166,9 +177,10 @@ def build_layout(manifest: Manifest, num_fragments: int, pattern: Pattern) -> La
     groups = _DEAL[pattern](trained, count)
     order = {tensor.name: i for i, tensor in enumerate(manifest.tensors)}
     fragments = [_place(i, Role.TRAINED, sorted(group, key=lambda t: order[t.name])) for i, group in enumerate(groups)]
-    frozen = [t for t in manifest.tensors if t.role is Role.FROZEN]
-    if frozen:
-        fragments.append(_place(len(fragments), Role.FROZEN, frozen))
+    for role in (Role.BUFFER, Role.FROZEN):
+        tensors = [t for t in manifest.tensors if t.role is role]
+        if tensors:
+            fragments.append(_place(len(fragments), role, tensors))
     return Layout(tuple(fragments))
 
 

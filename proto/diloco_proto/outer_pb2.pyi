@@ -17,12 +17,15 @@ class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CODEC_INT3: _ClassVar[Codec]
     CODEC_E3M0: _ClassVar[Codec]
     CODEC_MXFP4: _ClassVar[Codec]
+    CODEC_INT2: _ClassVar[Codec]
+    CODEC_TERNARY: _ClassVar[Codec]
 
 class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ROLE_UNSPECIFIED: _ClassVar[Role]
     ROLE_TRAINED: _ClassVar[Role]
     ROLE_FROZEN: _ClassVar[Role]
+    ROLE_BUFFER: _ClassVar[Role]
 
 class Fate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -46,6 +49,7 @@ class OutcomeKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_CLOSED: _ClassVar[OutcomeKind]
     OUTCOME_CONFLICT: _ClassVar[OutcomeKind]
     OUTCOME_SEEDED: _ClassVar[OutcomeKind]
+    OUTCOME_RESYNC: _ClassVar[OutcomeKind]
 
 class ItemKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -60,9 +64,12 @@ CODEC_INT4: Codec
 CODEC_INT3: Codec
 CODEC_E3M0: Codec
 CODEC_MXFP4: Codec
+CODEC_INT2: Codec
+CODEC_TERNARY: Codec
 ROLE_UNSPECIFIED: Role
 ROLE_TRAINED: Role
 ROLE_FROZEN: Role
+ROLE_BUFFER: Role
 FATE_UNSPECIFIED: Fate
 FATE_COUNTED: Fate
 FATE_NOT_COUNTED: Fate
@@ -77,6 +84,7 @@ OUTCOME_COUNTED: OutcomeKind
 OUTCOME_CLOSED: OutcomeKind
 OUTCOME_CONFLICT: OutcomeKind
 OUTCOME_SEEDED: OutcomeKind
+OUTCOME_RESYNC: OutcomeKind
 ITEM_UNSPECIFIED: ItemKind
 ITEM_UPDATE: ItemKind
 ITEM_SNAPSHOT: ItemKind
@@ -102,7 +110,7 @@ class Manifest(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class RunSettings(_message.Message):
-    __slots__ = ("sync_every", "num_fragments", "fragment_pattern", "overlap_steps", "mixing_alpha", "uplink_codec", "downlink_codec")
+    __slots__ = ("sync_every", "num_fragments", "fragment_pattern", "overlap_steps", "mixing_alpha", "uplink_codec", "downlink_codec", "error_feedback")
     SYNC_EVERY_FIELD_NUMBER: _ClassVar[int]
     NUM_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_PATTERN_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +118,7 @@ class RunSettings(_message.Message):
     MIXING_ALPHA_FIELD_NUMBER: _ClassVar[int]
     UPLINK_CODEC_FIELD_NUMBER: _ClassVar[int]
     DOWNLINK_CODEC_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FEEDBACK_FIELD_NUMBER: _ClassVar[int]
     sync_every: int
     num_fragments: int
     fragment_pattern: str
@@ -117,7 +126,8 @@ class RunSettings(_message.Message):
     mixing_alpha: float
     uplink_codec: Codec
     downlink_codec: Codec
-    def __init__(self, sync_every: _Optional[int] = ..., num_fragments: _Optional[int] = ..., fragment_pattern: _Optional[str] = ..., overlap_steps: _Optional[int] = ..., mixing_alpha: _Optional[float] = ..., uplink_codec: _Optional[_Union[Codec, str]] = ..., downlink_codec: _Optional[_Union[Codec, str]] = ...) -> None: ...
+    error_feedback: bool
+    def __init__(self, sync_every: _Optional[int] = ..., num_fragments: _Optional[int] = ..., fragment_pattern: _Optional[str] = ..., overlap_steps: _Optional[int] = ..., mixing_alpha: _Optional[float] = ..., uplink_codec: _Optional[_Union[Codec, str]] = ..., downlink_codec: _Optional[_Union[Codec, str]] = ..., error_feedback: bool = ...) -> None: ...
 
 class FragmentVersion(_message.Message):
     __slots__ = ("fragment", "version", "digest")
@@ -164,7 +174,7 @@ class Ready(_message.Message):
     def __init__(self) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("step", "stall_seconds", "bytes_up", "bytes_down", "loss", "train_seconds", "steps")
+    __slots__ = ("step", "stall_seconds", "bytes_up", "bytes_down", "loss", "train_seconds", "steps", "tokens")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +182,7 @@ class Heartbeat(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     TRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     step: int
     stall_seconds: float
     bytes_up: int
@@ -179,7 +190,8 @@ class Heartbeat(_message.Message):
     loss: float
     train_seconds: float
     steps: int
-    def __init__(self, step: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., loss: _Optional[float] = ..., train_seconds: _Optional[float] = ..., steps: _Optional[int] = ...) -> None: ...
+    tokens: int
+    def __init__(self, step: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., loss: _Optional[float] = ..., train_seconds: _Optional[float] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Finishing(_message.Message):
     __slots__ = ()
@@ -198,7 +210,7 @@ class Leave(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class SessionEvent(_message.Message):
-    __slots__ = ("welcome", "seed_wanted", "seeded", "opened", "committed", "all_finished", "draining", "waiting")
+    __slots__ = ("welcome", "seed_wanted", "seeded", "opened", "committed", "all_finished", "draining", "waiting", "pace", "shard", "stop")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     SEED_WANTED_FIELD_NUMBER: _ClassVar[int]
     SEEDED_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +219,9 @@ class SessionEvent(_message.Message):
     ALL_FINISHED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
+    PACE_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     seed_wanted: SeedWanted
     seeded: Seeded
@@ -215,7 +230,10 @@ class SessionEvent(_message.Message):
     all_finished: AllFinished
     draining: Draining
     waiting: Waiting
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., seed_wanted: _Optional[_Union[SeedWanted, _Mapping]] = ..., seeded: _Optional[_Union[Seeded, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
+    pace: Pace
+    shard: Shard
+    stop: Stop
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., seed_wanted: _Optional[_Union[SeedWanted, _Mapping]] = ..., seeded: _Optional[_Union[Seeded, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("run_id", "settings", "layout_fingerprint", "seeded", "heartbeat_seconds", "versions")
@@ -257,17 +275,39 @@ class Waiting(_message.Message):
     needed: int
     def __init__(self, ready: _Optional[int] = ..., needed: _Optional[int] = ...) -> None: ...
 
+class Pace(_message.Message):
+    __slots__ = ("sync_every",)
+    SYNC_EVERY_FIELD_NUMBER: _ClassVar[int]
+    sync_every: int
+    def __init__(self, sync_every: _Optional[int] = ...) -> None: ...
+
+class Shard(_message.Message):
+    __slots__ = ("index", "count")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    count: int
+    def __init__(self, index: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class Stop(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
 class Committed(_message.Message):
-    __slots__ = ("fragment", "version", "fate", "digest")
+    __slots__ = ("fragment", "version", "fate", "digest", "base_version")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FATE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     fragment: int
     version: int
     fate: Fate
     digest: int
-    def __init__(self, fragment: _Optional[int] = ..., version: _Optional[int] = ..., fate: _Optional[_Union[Fate, str]] = ..., digest: _Optional[int] = ...) -> None: ...
+    base_version: int
+    def __init__(self, fragment: _Optional[int] = ..., version: _Optional[int] = ..., fate: _Optional[_Union[Fate, str]] = ..., digest: _Optional[int] = ..., base_version: _Optional[int] = ...) -> None: ...
 
 class AllFinished(_message.Message):
     __slots__ = ("versions",)
@@ -423,11 +463,13 @@ class RunDescription(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., protocol: _Optional[int] = ..., config: _Optional[_Mapping[str, str]] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., layout_fingerprint: _Optional[int] = ..., seeded: bool = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("rounds",)
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    rounds: int
+    def __init__(self, rounds: _Optional[int] = ...) -> None: ...
 
 class RunStatus(_message.Message):
-    __slots__ = ("run_id", "state", "uptime_seconds", "parameters", "rounds", "bytes_in", "bytes_out", "workers", "fragments", "config")
+    __slots__ = ("run_id", "state", "uptime_seconds", "parameters", "rounds", "bytes_in", "bytes_out", "workers", "fragments", "config", "tokens", "stopped")
     class ConfigEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -445,6 +487,8 @@ class RunStatus(_message.Message):
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     state: str
     uptime_seconds: float
@@ -455,26 +499,34 @@ class RunStatus(_message.Message):
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     fragments: _containers.RepeatedCompositeFieldContainer[FragmentStatus]
     config: _containers.ScalarMap[str, str]
-    def __init__(self, run_id: _Optional[str] = ..., state: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., parameters: _Optional[int] = ..., rounds: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., fragments: _Optional[_Iterable[_Union[FragmentStatus, _Mapping]]] = ..., config: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    tokens: int
+    stopped: str
+    def __init__(self, run_id: _Optional[str] = ..., state: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., parameters: _Optional[int] = ..., rounds: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., fragments: _Optional[_Iterable[_Union[FragmentStatus, _Mapping]]] = ..., config: _Optional[_Mapping[str, str]] = ..., tokens: _Optional[int] = ..., stopped: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "state", "seen_seconds", "counted", "not_counted", "last")
+    __slots__ = ("worker_id", "state", "seen_seconds", "counted", "not_counted", "last", "shard", "sync_every", "steps_per_second")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SEEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     COUNTED_FIELD_NUMBER: _ClassVar[int]
     NOT_COUNTED_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    SYNC_EVERY_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     state: str
     seen_seconds: float
     counted: int
     not_counted: int
     last: Heartbeat
-    def __init__(self, worker_id: _Optional[str] = ..., state: _Optional[str] = ..., seen_seconds: _Optional[float] = ..., counted: _Optional[int] = ..., not_counted: _Optional[int] = ..., last: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    shard: int
+    sync_every: int
+    steps_per_second: float
+    def __init__(self, worker_id: _Optional[str] = ..., state: _Optional[str] = ..., seen_seconds: _Optional[float] = ..., counted: _Optional[int] = ..., not_counted: _Optional[int] = ..., last: _Optional[_Union[Heartbeat, _Mapping]] = ..., shard: _Optional[int] = ..., sync_every: _Optional[int] = ..., steps_per_second: _Optional[float] = ...) -> None: ...
 
 class FragmentStatus(_message.Message):
-    __slots__ = ("index", "kind", "parameters", "version", "digest", "contributed", "waiting_for", "open_seconds", "round_seconds", "update_bytes")
+    __slots__ = ("index", "kind", "parameters", "version", "digest", "contributed", "waiting_for", "open_seconds", "round_seconds", "update_bytes", "rounds")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -485,6 +537,7 @@ class FragmentStatus(_message.Message):
     OPEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ROUND_SECONDS_FIELD_NUMBER: _ClassVar[int]
     UPDATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
     index: int
     kind: str
     parameters: int
@@ -495,4 +548,37 @@ class FragmentStatus(_message.Message):
     open_seconds: float
     round_seconds: float
     update_bytes: int
-    def __init__(self, index: _Optional[int] = ..., kind: _Optional[str] = ..., parameters: _Optional[int] = ..., version: _Optional[int] = ..., digest: _Optional[int] = ..., contributed: _Optional[_Iterable[str]] = ..., waiting_for: _Optional[_Iterable[str]] = ..., open_seconds: _Optional[float] = ..., round_seconds: _Optional[float] = ..., update_bytes: _Optional[int] = ...) -> None: ...
+    rounds: _containers.RepeatedCompositeFieldContainer[RoundStatus]
+    def __init__(self, index: _Optional[int] = ..., kind: _Optional[str] = ..., parameters: _Optional[int] = ..., version: _Optional[int] = ..., digest: _Optional[int] = ..., contributed: _Optional[_Iterable[str]] = ..., waiting_for: _Optional[_Iterable[str]] = ..., open_seconds: _Optional[float] = ..., round_seconds: _Optional[float] = ..., update_bytes: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundStatus, _Mapping]]] = ...) -> None: ...
+
+class RoundStatus(_message.Message):
+    __slots__ = ("version", "members", "missed", "open_seconds")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    MISSED_FIELD_NUMBER: _ClassVar[int]
+    OPEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    members: _containers.RepeatedCompositeFieldContainer[RoundMember]
+    missed: _containers.RepeatedScalarFieldContainer[str]
+    open_seconds: float
+    def __init__(self, version: _Optional[int] = ..., members: _Optional[_Iterable[_Union[RoundMember, _Mapping]]] = ..., missed: _Optional[_Iterable[str]] = ..., open_seconds: _Optional[float] = ...) -> None: ...
+
+class RoundMember(_message.Message):
+    __slots__ = ("worker_id", "weight", "norm", "scale", "waited_seconds", "tokens", "steps", "staleness")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    weight: float
+    norm: float
+    scale: float
+    waited_seconds: float
+    tokens: int
+    steps: int
+    staleness: int
+    def __init__(self, worker_id: _Optional[str] = ..., weight: _Optional[float] = ..., norm: _Optional[float] = ..., scale: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ...) -> None: ...

@@ -11,7 +11,7 @@ from .codec.formats import Format
 from .errors import ERROR_KEY, DilocoError, UnsupportedModel, from_wire
 from .manifest import Manifest, Role, TensorSpec
 
-_ROLE_TO_PB = {Role.TRAINED: pb.ROLE_TRAINED, Role.FROZEN: pb.ROLE_FROZEN}
+_ROLE_TO_PB = {Role.TRAINED: pb.ROLE_TRAINED, Role.BUFFER: pb.ROLE_BUFFER, Role.FROZEN: pb.ROLE_FROZEN}
 _ROLE_FROM_PB = {number: role for role, number in _ROLE_TO_PB.items()}
 
 

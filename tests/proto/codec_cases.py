@@ -32,7 +32,9 @@ def vectors(draw: st.DrawFn, max_blocks: int = 3) -> Floats:
     x = np.empty((blocks, BLOCK))
     for row in x:
         row[:] = _block(
-            draw(st.sampled_from(["normal", "ties", "grid", "constant", "zero", "sparse", "bits"])), draw(scales), rng
+            draw(st.sampled_from(["normal", "ties", "grid", "constant", "mean", "zero", "sparse", "lone", "bits"])),
+            draw(scales),
+            rng,
         )
     flat = x.ravel()
     for value in draw(st.lists(single_values, max_size=4)):
@@ -51,6 +53,11 @@ def _block(kind: str, exponent: int, rng: np.random.Generator) -> np.ndarray:
         return rng.integers(-5 * step, 5 * step, BLOCK, endpoint=True) / step * unit
     if kind == "constant":
         return np.full(BLOCK, rng.standard_normal() * unit)
+    if kind == "mean":  # at, or next to, where int2 and ternary change their scale
+        step = np.spacing(np.float32(1)) * rng.integers(-1, 2)
+        return rng.permutation(np.repeat([0.5, 1.5], 32)) * rng.choice([17 / 16, 7 / 8, 1]) * (1 + step) * unit
+    if kind == "lone":
+        return np.where(np.arange(BLOCK) < rng.integers(1, 5), rng.standard_normal(BLOCK), 0.0) * unit
     if kind == "sparse":
         return np.where(rng.random(BLOCK) < 0.1, rng.standard_t(2, BLOCK), -0.0) * unit
     if kind == "bits":
@@ -77,6 +84,11 @@ def legal_codes(draw: st.DrawFn, fmt: Format) -> tuple[Bytes, Bytes]:
     scale = np.array(draw(st.lists(bytes_, min_size=blocks, max_size=blocks)), np.uint8)
     if fmt is Format.INT8:
         return scale, rng.integers(-127, 128, blocks * 64).astype(np.int8).view(np.uint8)
+    if fmt is Format.INT2:
+        return scale, rng.integers(0, 256, blocks * 16).astype(np.uint8)
+    if fmt is Format.TERNARY:
+        crumbs = rng.choice([0, 1, 3], (4, blocks * 16))
+        return scale, sum(crumbs[i] << 2 * i for i in range(4)).astype(np.uint8)
     low, high = (-spec.q_max, spec.q_max + 1) if spec.q_max else (0, 16)
     nibbles = rng.integers(low, high, (2, blocks * 32)) & 15
     return scale, (nibbles[0] | nibbles[1] << 4).astype(np.uint8)

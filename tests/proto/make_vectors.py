@@ -25,6 +25,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "protocol.md"
 
 MU, LR = 0.9, 0.7
 TOKENS = (100, 200)
+DELAYED_WEIGHTS = (1.25, 0.75)
 
 
 def bits(values: Floats) -> list[str]:
@@ -157,8 +158,58 @@ def outer_step() -> dict[str, Any]:
     }
 
 
+def delayed_steps() -> dict[str, Any]:
+    """A window of two, from the same state."""
+    theta, momentum, residual = state()
+    buffer = np.zeros(64, np.float32)
+    coefficients = [np.float32(w / len(DELAYED_WEIGHTS)) for w in DELAYED_WEIGHTS]
+    result: dict[str, Any] = {"coefficients": bits(np.array(coefficients))}
+    for name, c, weight in zip(("push", "step"), contributions(), coefficients, strict=True):
+        part = reference.accumulate(c.format, c.scales, c.codes, float(weight), np.zeros(64, np.float32))
+        momentum, buffer, u = reference.delayed_nesterov(part, momentum, buffer, residual, MU, LR, name == "step")
+        scales, codes, residual, theta = reference.encode_feedback(Format.INT4, u, theta)
+        result[name] = {
+            "momentum": bits(momentum),
+            "buffer": bits(buffer),
+            "u": bits(u),
+            "scales": scales.tobytes().hex(),
+            "codes": codes.tobytes().hex(),
+            "residual": bits(residual),
+            "theta": bits(theta),
+            "digest": f"{digest_reference(theta):016x}",
+        }
+    return result
+
+
+def feedback_before() -> tuple[Floats, Floats]:
+    """(residual, round(new) - round(old)) of a worker, float32[64] each."""
+    j = np.arange(64)
+    return ((j % 5 - 2) / 64).astype(np.float32), (-j / 128).astype(np.float32)
+
+
+def feedback() -> dict[str, Any]:
+    residual, moved = feedback_before()
+    x = block() + residual
+    e = encoded(Format.INT2, x)
+    decoded = reference.decode(Format.INT2, e.scales, e.codes)
+    return {
+        "encoded": bits(x),
+        "scales": e.scales.tobytes().hex(),
+        "codes": e.codes.tobytes().hex(),
+        "residual": bits(x - decoded),
+        "change": bits(moved + decoded + ((x - decoded) - residual)),
+    }
+
+
 def vectors() -> dict[str, Any]:
-    return {"block": blocks(), "frame": frames(), "digest": digests(), "layout": layouts(), "outer": outer_step()}
+    return {
+        "block": blocks(),
+        "frame": frames(),
+        "digest": digests(),
+        "layout": layouts(),
+        "outer": outer_step() | {"delayed": delayed_steps()},
+        "feedback": feedback(),
+    }
 
 
 def _lines(value: Any, depth: int = 0) -> Iterable[str]:

@@ -131,7 +131,7 @@ def test_truncated_and_extended_frames_are_noticed() -> None:
     [
         (0, "<B", ord("E"), "begins with b'ELF1'"),
         (4, "<B", 0, "unknown format 0"),
-        (4, "<B", 8, "unknown format 8"),
+        (4, "<B", 10, "unknown format 10"),
         (5, "<B", 4, "unknown flags 0x4"),
         (5, "<B", 1, "compressed scales"),
         (5, "<B", 2, "compressed codes"),
@@ -140,6 +140,7 @@ def test_truncated_and_extended_frames_are_noticed() -> None:
         (12, "<I", 0, "0 blocks"),
         (12, "<I", 3, "stores 2 bytes of scales, needs 3"),
         (12, "<I", 2**15 + 1, "allows 1 to 32768"),
+        (4, "<B", 8, "needs 32"),
         (16, "<I", 3, "header says"),
         (20, "<I", 2**32 - 1, "header says"),
     ],
@@ -200,6 +201,8 @@ def test_illegal_scales_and_codes_do_not_get_through() -> None:
         read_frame(build(Format.INT4, 2, 0, scales, bytes(64)))
     with pytest.raises(CorruptFrame, match="fp32 codes"):
         read_frame(build(Format.FP32, 1, 0, b"", np.full(64, np.inf, "<f4").tobytes()))
+    with pytest.raises(CorruptFrame, match="ternary codes"):
+        read_frame(build(Format.TERNARY, 2, 0, b"\x7f\x7f", bytes(31) + b"\x80"))
 
 
 def test_digest_of_a_contribution_is_the_sum_over_its_parts() -> None:

@@ -18,7 +18,7 @@ counts = st.integers(1, 12)
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
-    """Layers with numbers, layers without, single tensors; some frozen, at least one trained."""
+    """Layers with numbers, layers without, single tensors; some are buffers, some frozen, at least one is trained."""
     names = draw(
         st.lists(
             st.builds(
@@ -70,15 +70,17 @@ def test_every_tensor_has_one_place(manifest: Manifest, count: int, pattern: Pat
 
 @settings(deadline=None)
 @given(manifests(), counts, patterns)
-def test_trained_fragments_come_first_and_frozen_tensors_share_the_last(
+def test_trained_fragments_come_first_then_one_of_all_buffers_then_one_of_all_frozen_tensors(
     manifest: Manifest, count: int, pattern: Pattern
 ) -> None:
     layout = build_layout(manifest, count, pattern)
-    number = sum(t.role is Role.TRAINED for t in manifest.tensors)
-    assert layout.num_trained == len(layout.trained) == min(count, number)
+    roles = [t.role for t in manifest.tensors]
+    assert layout.num_trained == len(layout.trained) == min(count, roles.count(Role.TRAINED))
     assert all(f.role is Role.TRAINED for f in layout.trained)
+    assert layout.num_scheduled == len(layout.scheduled) == layout.num_trained + (Role.BUFFER in roles)
     rest = layout.fragments[layout.num_trained :]
-    assert [f.role for f in rest] == [Role.FROZEN] * (number < len(manifest.tensors))
+    assert [f.role for f in rest] == [r for r in (Role.BUFFER, Role.FROZEN) if r in roles]
+    assert [f.role for f in layout.scheduled if f not in layout.trained] == [Role.BUFFER] * (Role.BUFFER in roles)
 
 
 @settings(deadline=None)
@@ -100,7 +102,7 @@ def test_the_fingerprint_notices_any_change_of_a_tensor(
     tensor = manifest.tensors[index]
     changes = [{"name": "x." + tensor.name}, {"shape": (*tensor.shape, 1)}]
     changes += [{"dtype": d} for d in DTYPES if d != tensor.dtype]
-    changes += [{"role": Role.TRAINED}] if tensor.role is Role.FROZEN else []
+    changes += [{"role": r} for r in Role if r is not tensor.role] if tensor.role is not Role.TRAINED else []
     changed = dataclasses.replace(tensor, **data.draw(st.sampled_from(changes)))
     other = Manifest((*manifest.tensors[:index], changed, *manifest.tensors[index + 1 :]))
     assert build_layout(manifest, count, pattern).fingerprint != build_layout(other, count, pattern).fingerprint
@@ -155,6 +157,15 @@ def test_balanced_gives_the_largest_tensors_out_first() -> None:
     assert names_of(build_layout(Manifest(tuple(tensors)), 2, Pattern.BALANCED)) == [["a", "b"], ["c", "d"]]
 
 
+def test_buffers_are_one_fragment_however_many_layers_they_are_of() -> None:
+    names = {"0.w": Role.TRAINED, "0.mean": Role.BUFFER, "1.w": Role.TRAINED, "1.b": Role.FROZEN, "1.mean": Role.BUFFER}
+    manifest = Manifest(tuple(TensorSpec(n, (65,), "float32", r) for n, r in names.items()))
+    layout = build_layout(manifest, 2, Pattern.STRIDED)
+    assert names_of(layout) == [["0.w"], ["1.w"], ["0.mean", "1.mean"], ["1.b"]]
+    assert [s.offset for s in layout.scheduled[-1].slots] == [0, 128]
+    assert (layout.num_trained, layout.num_scheduled) == (2, 3)
+
+
 @pytest.mark.parametrize("pattern", Pattern)
 def test_more_fragments_than_tensors(pattern: Pattern) -> None:
     layout = build_layout(trained("a.0.w", "a.0.b", "a.1.w", size=100), 7, pattern)
@@ -196,9 +207,10 @@ def test_what_no_run_can_have(tensors: list[tuple[str, tuple[int, ...], str]], m
         Manifest(tuple(TensorSpec(*t, Role.TRAINED) for t in tensors))
 
 
-def test_a_model_that_is_frozen_throughout() -> None:
+@pytest.mark.parametrize("role", [Role.BUFFER, Role.FROZEN])
+def test_a_model_of_which_nothing_is_trained(role: Role) -> None:
     with pytest.raises(UnsupportedModel, match="no trained parameters"):
-        Manifest((TensorSpec("a", (1,), "float32", Role.FROZEN),))
+        Manifest((TensorSpec("a", (1,), "float32", role),))
 
 
 def test_no_fragments() -> None:

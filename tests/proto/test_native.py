@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import pytest
 
-from diloco_proto.codec import Format, digest, kernels, minifloat, plain, uniform, warm_up
+from diloco_proto.codec import Format, digest, kernels, minifloat, plain, twobit, uniform, warm_up
 from diloco_proto.codec.native import FLOAT32, Kernel, kernel
 
 # x86: vfmadd213ps and its kin; aarch64: fmla, fmls, fmadd, fnmsub
@@ -17,7 +17,7 @@ CONTRACTED = re.compile(r"\bv?fn?m(add|sub|la|ls)\w*")
 
 KERNELS = [
     value
-    for module in (uniform, minifloat, plain, digest)
+    for module in (uniform, minifloat, twobit, plain, digest)
     for value in vars(module).values()
     if isinstance(value, Kernel)
 ]
@@ -38,7 +38,7 @@ def test_no_kernel_contracts(each: Kernel) -> None:
 def test_every_format_has_its_own_loops() -> None:
     warm_up(Format)
     used = {loop for f in Format for loop in (kernels.loops_of(f).encode, kernels.loops_of(f).accumulate)}
-    assert len(used) == 12  # int4 and int3 share theirs
+    assert len(used) == 16  # int4 and int3 share theirs
     assert all(loop in KERNELS for loop in used)
 
 

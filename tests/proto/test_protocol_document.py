@@ -13,8 +13,20 @@ import numpy as np
 import pytest
 import xxhash
 import zstandard
-from make_vectors import DOCUMENT, PATH, TOKENS, contributions, fill, state, vectors
+from make_vectors import (
+    DELAYED_WEIGHTS,
+    DOCUMENT,
+    PATH,
+    TOKENS,
+    contributions,
+    feedback_before,
+    fill,
+    manifest,
+    state,
+    vectors,
+)
 
+from diloco_client.flights import Base, Flight
 from diloco_proto import channel, errors
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import (
@@ -29,9 +41,12 @@ from diloco_proto.codec import (
 )
 from diloco_proto.codec.formats import Floats
 from diloco_proto.manifest import Manifest, Pattern, Role, TensorSpec, build_layout
-from diloco_server import engine, outer, parameters
+from diloco_proto.wire import manifest_to_pb
+from diloco_server import engine, members, outer, pace, parameters, rounds, run, weights
+from diloco_server.config import RunConfig
 
 TEXT = DOCUMENT.read_text()
+PROSE = " ".join(TEXT.split())
 VECTORS: dict[str, Any] = json.loads(PATH.read_text())
 
 
@@ -54,28 +69,30 @@ def quoted(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
 
 
-# -- a second implementation, of frames, int4, e3m0 and the digest: from the document, no diloco --
+# -- a second implementation, of frames, int4, e3m0, int2, ternary and the digest: from the document, no diloco --
 
 
 def second_read(frame: bytes) -> tuple[int, list[float]]:
-    """(first block, values) of a frame of int4 or e3m0."""
+    """(first block, values) of a frame of int4, e3m0, int2 or ternary."""
     magic, number, flags, zero, first, n, scale_bytes, code_bytes, checksum = struct.unpack("<4sBBHIIIIQ", frame[:32])
     assert (magic, zero, flags & ~3, len(frame)) == (b"DLF1", 0, 0, 32 + scale_bytes + code_bytes)
     assert xxhash.xxh3_64_intdigest(frame[:24] + frame[32:], seed=0) == checksum
-    assert 1 <= n <= 32768
+    wide = 32 if number in (4, 6) else 16
+    assert 1 <= n <= (1 << 20) // wide
     scales, codes = frame[32 : 32 + scale_bytes], frame[32 + scale_bytes :]
     if flags & 1:
         scales = zstandard.decompress(scales, max_output_size=n)
     if flags & 2:
-        codes = zstandard.decompress(codes, max_output_size=32 * n)
-    assert (len(scales), len(codes)) == (n, 32 * n)
-    one = {4: second_int4, 6: second_e3m0}[number]
+        codes = zstandard.decompress(codes, max_output_size=wide * n)
+    assert (len(scales), len(codes)) == (n, wide * n)
+    one = {4: second_int4, 6: second_e3m0, 8: second_int2, 9: second_ternary}[number]
+    bits = wide // 8
     values: list[float] = []
     for b, scale_byte in enumerate(scales):
-        packed = codes[32 * b : 32 * b + 32]
-        nibbles = [byte & 15 for byte in packed] + [byte >> 4 for byte in packed]
+        packed = codes[wide * b : wide * b + wide]
+        unpacked = [byte >> shift & (1 << bits) - 1 for shift in range(0, 8, bits) for byte in packed]
         scale = 2.0 ** (scale_byte - 127) if scale_byte else 0.0
-        values += [one(nibble) * scale + 0.0 for nibble in nibbles]
+        values += [one(code) * scale + 0.0 for code in unpacked]
     return first, values
 
 
@@ -89,18 +106,51 @@ def second_e3m0(code: int) -> float:
     return (-1.0 if code & 8 else 1.0) * 2.0 ** (c - 7) if c else 0.0
 
 
+def second_int2(code: int) -> float:
+    return (code - 4 if code > 1 else code) + 0.5
+
+
+def second_ternary(code: int) -> float:
+    return {0: 0.0, 1: 1.0, 3: -1.0}[code]
+
+
+def bits_of(x: float) -> int:
+    return int(struct.unpack("<I", struct.pack("<f", x))[0])
+
+
+def second_mean(values: list[float]) -> int:
+    y = [abs(x) / 64 if bits_of(abs(x)) >= 0x0D800000 else 0.0 for x in values]
+    for half in (32, 16, 8, 4, 2, 1):
+        sums = [y[j] + y[j + half] for j in range(half)]
+        y = list(struct.unpack(f"<{half}f", struct.pack(f"<{half}f", *sums)))
+    return bits_of(y[0])
+
+
+def second_scale(number: int, top: int, mean: int) -> int:
+    large, of_large, middle, of_mean = top >> 23, top & 0x7FFFFF, mean >> 23, mean & 0x7FFFFF
+    return {
+        4: large - 2 + (of_large > 0x600000),
+        6: large + (of_large > 0x400000),
+        8: max(middle + (of_mean > 0x080000), large - 3),
+        9: min(max(middle + 1 + (of_mean > 0x600000), large - 1), large + (of_large > 0)),
+    }[number]
+
+
 def second_encode(number: int, values: list[float]) -> tuple[int, list[int]]:
-    """(scale byte, codes) of one block of int4 (4) or e3m0 (6)."""
-    top = max(struct.unpack("<I", struct.pack("<f", x))[0] & 0x7FFFFFFF for x in values)
+    """(scale byte, codes) of one block of int4 (4), e3m0 (6), int2 (8) or ternary (9)."""
+    top = max(bits_of(abs(x)) for x in values)
     if top < 0x0D800000:
         return 0, [0] * 64
-    e, m = top >> 23, top & 0x7FFFFF
-    scale_byte = e - 2 + (m > 0x600000) if number == 4 else e + (m > 0x400000)
+    scale_byte = second_scale(number, top, second_mean(values))
     units = [Fraction(x) / Fraction(2) ** (scale_byte - 127) for x in values]
+    if number in (8, 9):
+        row = {-2: Fraction(-3, 2), -1: Fraction(-1, 2), 0: Fraction(1, 2), 1: Fraction(3, 2)}
+        row = row if number == 8 else {-1: Fraction(-1), 0: Fraction(0), 1: Fraction(1)}
+        return scale_byte, [min(row, key=lambda c: (abs(unit - row[c]), c & 1)) & 3 for unit in units]
     if number == 4:
         return scale_byte, [round(unit) & 15 for unit in units]
-    row = [Fraction(0), *(Fraction(2) ** (c - 7) for c in range(1, 8))]
-    nearest = [min(range(8), key=lambda c: (abs(abs(unit) - row[c]), c & 1)) for unit in units]
+    steps = [Fraction(0), *(Fraction(2) ** (c - 7) for c in range(1, 8))]
+    nearest = [min(range(8), key=lambda c: (abs(abs(unit) - steps[c]), c & 1)) for unit in units]
     return scale_byte, [c + 8 if c and unit < 0 else c for c, unit in zip(nearest, units, strict=True)]
 
 
@@ -131,11 +181,19 @@ def difficult_blocks(seed: int) -> Iterator[Floats]:
         yield np.ldexp(values, exponent + 1).astype(np.float32)
         grid = rng.choice([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 3 / 128], 64) * rng.choice([-1, 1], 64)
         yield np.ldexp(grid, exponent).astype(np.float32)
+    for size in (1, 3):  # nearly all zeros
+        yield np.where(np.arange(64) < size, rng.standard_normal(64), 0.0).astype(np.float32)
+    for threshold in (17 / 16, 7 / 8):  # where int2 and ternary change their scale
+        for step in (-1, 0, 1):
+            yield (np.repeat([0.5, -1.5], 32) * threshold * (1 + step * 2.0**-22)).astype(np.float32)
     yield np.zeros(64, np.float32)
 
 
+SECOND = pytest.mark.parametrize("fmt", [Format.INT4, Format.E3M0, Format.INT2, Format.TERNARY], ids=lambda f: f.label)
+
+
 @pytest.mark.parametrize("level", [None, 1])
-@pytest.mark.parametrize("fmt", [Format.INT4, Format.E3M0])
+@SECOND
 def test_a_decoder_written_from_the_document_reads_what_the_encoder_writes(fmt: Format, level: int | None) -> None:
     x = np.concatenate([*difficult_blocks(7), np.zeros(64 * 20, np.float32)])
     encoded = encode_fragment(fmt, x)
@@ -148,12 +206,13 @@ def test_a_decoder_written_from_the_document_reads_what_the_encoder_writes(fmt: 
     assert not np.signbit(ours[ours == 0]).any()
 
 
-@pytest.mark.parametrize("fmt", [Format.INT4, Format.E3M0])
+@SECOND
 def test_an_encoder_written_from_the_document_writes_the_same(fmt: Format) -> None:
     for x in difficult_blocks(13):
         encoded = encode_fragment(fmt, x)
         scale_byte, codes = second_encode(int(fmt), x.tolist())
-        packed = [low | high << 4 for low, high in zip(codes[:32], codes[32:], strict=True)]
+        wide = 32 if fmt in (Format.INT4, Format.E3M0) else 16
+        packed = [sum(codes[j + i * wide] << i * wide // 8 for i in range(64 // wide)) for j in range(wide)]
         assert (encoded.scales.tolist(), encoded.codes.tolist()) == ([scale_byte], packed)
 
 
@@ -235,6 +294,53 @@ def test_the_server_makes_the_outer_step() -> None:
     assert f"{digest(theta):016x}" == expected["digest"]
 
 
+def test_the_server_makes_the_delayed_steps() -> None:
+    theta, momentum, residual = state()
+    fragment = outer.FragmentState(theta, momentum, residual, np.zeros(64, np.float32))
+    settings = outer.OuterSettings(optimizer="delayed-nesterov", lr=0.7, momentum=0.9, downlink=Format.INT4)
+    assert fragment.buffer is not None
+    for name, contribution, weight, delay in zip(
+        ("push", "step"), contributions(), DELAYED_WEIGHTS, (2, 5), strict=True
+    ):
+        update = outer.commit(fragment, [contribution], [weight], settings, delay=delay)
+        expected = VECTORS["outer"]["delayed"][name]
+        assert update.scales.tobytes().hex() == expected["scales"]
+        assert update.codes.tobytes().hex() == expected["codes"]
+        assert words(theta) == expected["theta"]
+        assert words(momentum) == expected["momentum"]
+        assert words(residual) == expected["residual"]
+        assert words(fragment.buffer) == expected["buffer"]
+        assert f"{digest(theta):016x}" == expected["digest"]
+    assert fragment.buffered == 0
+
+
+def test_the_worker_makes_the_error_feedback() -> None:
+    expected = VECTORS["feedback"]
+    residual, moved = feedback_before()
+    delta = floats(VECTORS["block"]["input"])
+    flight = Flight(
+        fragment=0,
+        base=Base(0, delta),
+        captured=None,
+        step=1,
+        due_step=1,
+        steps=1,
+        tokens=1,
+        tokens_until=1,
+        since_version=0,
+        feedback=True,
+        residual=residual,
+    )
+    contribution = flight.encode(Format.INT2, delta)
+    assert words(delta + residual) == expected["encoded"]
+    assert contribution.scales.tobytes().hex() == expected["scales"]
+    assert contribution.codes.tobytes().hex() == expected["codes"]
+    assert flight.next_residual is not None
+    assert flight.correction is not None
+    assert words(flight.next_residual) == expected["residual"]
+    assert words(moved + decode_fragment(contribution) + flight.correction) == expected["change"]
+
+
 # -- the document prints the vectors and names everything --
 
 
@@ -245,6 +351,7 @@ def test_the_document_prints_these_vectors() -> None:
     wanted = {f"block.{fmt.label}.codes" for fmt in Format}
     wanted |= {f"block.{fmt.label}.scales" for fmt in Format if fmt.spec.scale_bytes}
     wanted |= {"block.input", "frame.plain", "frame.packed", "digest.one_block", "outer.digest"}
+    wanted |= {"outer.delayed.push.digest", "outer.delayed.step.digest", "feedback.codes", "feedback.residual"}
     wanted |= {"layout.strided.text", *(f"layout.{p.value}.fingerprint" for p in Pattern)}
     assert wanted <= printed
 
@@ -290,6 +397,11 @@ def test_the_table_of_outcomes_is_whole() -> None:
     assert rows == [name for name, number in pb.OutcomeKind.items() if number]
 
 
+def test_the_table_of_fates_is_whole() -> None:
+    rows = [quoted(row[0]) for row in table("`Committed.fate`")]
+    assert rows == [[name] for name, _ in pb.Fate.items()]
+
+
 def test_the_table_of_formats_is_that_of_the_code() -> None:
     rows = table("format")
     assert [row[0] for row in rows] == [fmt.label for fmt in Format]
@@ -308,13 +420,26 @@ def test_the_table_of_errors_is_that_of_the_code() -> None:
     assert {quoted(row[0])[0]: quoted(row[1])[0] for row in rows} == travel
 
 
+def beats_a_lease() -> float:
+    trial = run.Run(RunConfig(lease_seconds=20.0))
+    hello = pb.Hello(protocol=channel.PROTOCOL_VERSION, worker_id="w", manifest=manifest_to_pb(manifest()))
+    trial.hello(hello, now=0.0)
+    [welcome] = [event.welcome for _, event in trial.outbox if event.HasField("welcome")]
+    return 20.0 / welcome.heartbeat_seconds
+
+
 def test_the_table_of_limits_is_that_of_the_code() -> None:
     rows = {row[0]: [int(n) for n in re.findall(r"\d+", row[1])] for row in table("limit")}
     assert rows["protocol version, in `Hello`"] == [channel.PROTOCOL_VERSION]
     assert channel.MAX_MESSAGE_BYTES in rows["gRPC message, both ways"]
     assert rows["frames a worker sends ahead of the last `Ack`"] == [channel.PUSH_WINDOW_FRAMES]
     assert rows["frames received between two `Ack`"] == [channel.ACK_EVERY_FRAMES]
-    assert rows["updates of a fragment that the server keeps"] == [parameters.KEPT_UPDATES]
+    shares = [Fraction(s).as_integer_ratio() for s in (parameters.KEPT_SHARE, parameters.KEPT_SHARE_DELAYED)]
+    assert rows["updates of a fragment that the server keeps"] == [parameters.KEPT_UPDATES, *shares[0], *shares[1]]
+    assert rows["rounds of a fragment that the server keeps for `Status`"] == [rounds.KEPT_RECORDS]
+    assert rows["workers that are gone and that the server still knows"] == [members.KEPT_GONE]
+    cut = Fraction(members.CUT_SHARE).limit_denominator(100).as_integer_ratio()
+    assert rows["lease"] == [beats_a_lease(), *cut]
     assert engine.SESSION_QUEUE in rows["events that wait for a worker that does not read"]
     largest = max(32 + fmt.spec.frame_blocks * (fmt.spec.scale_bytes + fmt.spec.code_bytes) for fmt in Format)
     assert largest in rows["frame"]
@@ -323,3 +448,34 @@ def test_the_table_of_limits_is_that_of_the_code() -> None:
     assert rows["keepalive ping of HTTP, both ends"] == pings
     least = options["grpc.http2.min_ping_interval_without_data_ms"] // 1000
     assert rows["pings without data, least interval that the server accepts"] == [least]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        f"at most {weights.MAX_WEIGHT:g} times the median",
+        f"last {weights.KEPT_VALUES} z",
+        f"last {weights.KEPT_VALUES} counted n",
+        f"last {rounds.KEPT_TIMES} rounds in which nobody was missing, and at least {rounds.MIN_AUTO_GRACE:g} s",
+        f"{run.HANG_ROUNDS:g} times the median length of the last {rounds.KEPT_TIMES} rounds",
+        f"multiplies the sums by {pace.MEMORY:g}",
+        f"⌈{pace.HIGH:g}·n⌉-th smallest",
+        f"{pace.DEAD_BAND:g}·H₀",
+    ],
+)
+def test_the_numbers_of_rounds_are_those_of_the_code(wanted: str) -> None:
+    assert wanted in PROSE
+
+
+@pytest.mark.parametrize(
+    ("wanted", "code", "value"),
+    [
+        ("a third of the lease", members.CUT_SHARE, 1 / 3),
+        ("more than half a lease", run.STOOD_STILL, 1 / 2),
+        ("c = (⅓·w) / N", parameters.BUFFER_STEP, 1 / 3),
+        ("`auto`: 4 times the live workers", RunConfig(outer_optimizer=outer.DELAYED).staleness_limit(3), 4 * 3),
+    ],
+)
+def test_the_shares_of_rounds_are_those_of_the_code(wanted: str, code: float, value: float) -> None:
+    assert wanted in PROSE
+    assert code == value

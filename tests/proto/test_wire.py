@@ -33,6 +33,12 @@ def test_a_manifest_arrives_as_it_was(found: list[TensorSpec]) -> None:
     assert manifest_from_pb(message) == manifest
 
 
+@pytest.mark.parametrize("role", Role)
+def test_roles_have_their_names_on_the_wire(role: Role) -> None:
+    manifest = Manifest((one_trained, TensorSpec("a", (1,), "float32", role)))
+    assert pb.Role.Name(manifest_to_pb(manifest).tensors[1].role) == f"ROLE_{role.name}"
+
+
 def test_a_role_from_the_future_is_refused() -> None:
     message = pb.Manifest(tensors=[pb.Tensor(name="a", shape=[1], dtype="float32", role=9)])
     with pytest.raises(UnsupportedModel, match="'a' has role 9"):

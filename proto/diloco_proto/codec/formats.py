@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 
 
 class Format(IntEnum):
-    """How values travel. The numbers are those of the wire; 8 and 9 are kept for int2 and ternary."""
+    """How values travel. The numbers are those of the wire."""
 
     FP32 = 1
     BF16 = 2
@@ -32,6 +32,8 @@ class Format(IntEnum):
     INT3 = 5
     E3M0 = 6
     MXFP4 = 7
+    INT2 = 8
+    TERNARY = 9
 
     @property
     def label(self) -> str:
@@ -61,9 +63,9 @@ class FormatSpec:
     scale_bytes: int
     """Bytes of scales a block: 0 or 1."""
     min_scale: int
-    """Lowest legal scale byte besides 0: what `encode` picks for a largest magnitude of 2^-100."""
+    """Lowest legal scale byte besides 0: the lowest that `encode` picks, for a largest magnitude of 2^-100."""
     max_scale: int
-    """Highest legal scale byte: what `encode` picks just under 2^126. No legal code exceeds 2^127 with it."""
+    """Highest legal scale byte: the highest that `encode` picks, just under 2^126. All its codes are under 2^127."""
     q_max: int
     """Largest integer code of the uniform formats; 0 for the others."""
     top: float
@@ -88,6 +90,8 @@ _SPECS: Final = {
     Format.INT3: FormatSpec(32, 1, 26, 252, 3, 3.0),
     Format.E3M0: FormatSpec(32, 1, 27, 253, 0, 1.0),
     Format.MXFP4: FormatSpec(32, 1, 25, 250, 0, 6.0),
+    Format.INT2: FormatSpec(16, 1, 24, 253, 0, 1.5),
+    Format.TERNARY: FormatSpec(16, 1, 26, 253, 0, 1.0),
 }
 
 

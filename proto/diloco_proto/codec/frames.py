@@ -24,6 +24,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -121,8 +122,12 @@ def _compressor(level: int) -> zstandard.ZstdCompressor:
     out up to 6 % smaller and up to twice as fast than by the level's own settings, dense ones the same.
     Negative levels leave the Huffman stage out.
     """
-    parameters = zstandard.ZstdCompressionParameters.from_level(level, min_match=7, hash_log=6)
-    return zstandard.ZstdCompressor(compression_params=parameters)
+    return zstandard.ZstdCompressor(compression_params=_parameters(level))
+
+
+@lru_cache
+def _parameters(level: int) -> zstandard.ZstdCompressionParameters:
+    return zstandard.ZstdCompressionParameters.from_level(level, min_match=7, hash_log=6)
 
 
 def _pack(

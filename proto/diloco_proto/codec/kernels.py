@@ -7,7 +7,7 @@ the interpreter lock, use one thread, and give the same bits however the arrays 
 Legal scales and codes are those that `encode` can write, and the stray code 8 of e3m0 and mxfp4, which reads as
 zero. On others (see `validate`) the operations do not fail, but what they compute is of no use.
 
-The loops are C functions of addresses in `uniform`, `minifloat` and `plain`, one `Loops` a format:
+The loops are C functions of addresses in `uniform`, `minifloat`, `twobit` and `plain`, one `Loops` a format:
 
 - encode(x, scales, codes, blocks, tie, shift) returns the first block with a refused value, or -1. The blocks
   before it have been encoded.
@@ -27,7 +27,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from diloco_proto.codec import minifloat, plain, uniform
+from diloco_proto.codec import minifloat, plain, twobit, uniform
 from diloco_proto.codec.digest import sum_blocks
 from diloco_proto.codec.errors import CorruptFrame, UnencodableValue
 from diloco_proto.codec.formats import BLOCK, Bytes, Encoded, Floats, Format
@@ -58,6 +58,8 @@ _LOOPS: Final = {
     Format.INT3: Loops(uniform.encode_nibble, uniform.accumulate_nibble, uniform.feedback_nibble, 0x400000, 1),
     Format.E3M0: Loops(minifloat.encode_e3m0, minifloat.accumulate_e3m0, minifloat.feedback_e3m0),
     Format.MXFP4: Loops(minifloat.encode_mxfp4, minifloat.accumulate_mxfp4, minifloat.feedback_mxfp4),
+    Format.INT2: Loops(twobit.encode_int2, twobit.accumulate_int2, twobit.feedback_int2),
+    Format.TERNARY: Loops(twobit.encode_ternary, twobit.accumulate_ternary, twobit.feedback_ternary),
 }
 
 
@@ -112,13 +114,13 @@ def nesterov_(acc: Floats, momentum: Floats, residual: Floats, mu: float, lr: fl
     slow on some machines and zero on others.
     """
     assert acc.size == momentum.size == residual.size
-    plain.nesterov(_at(acc), _at(momentum), _at(residual), _blocks(acc), mu, lr)
+    plain.nesterov(_at(acc), _at(momentum), _at(residual), 0, _blocks(acc), mu, lr)
 
 
 def sgd_(acc: Floats, residual: Floats, lr: float) -> None:
     """acc = lr*acc + residual, in float32."""
     assert acc.size == residual.size
-    plain.sgd(_at(acc), _at(residual), _blocks(acc), lr)
+    plain.sgd(_at(acc), 0, _at(residual), 0, _blocks(acc), 0.0, lr)
 
 
 def sum_of_squares(fmt: Format, scales: Bytes, codes: Bytes) -> float:
@@ -158,9 +160,10 @@ def largest_magnitude(x: Floats) -> float:
 def validate(fmt: Format, scales: Bytes, codes: Bytes) -> None:
     """Raises CorruptFrame unless every decoded value will be finite and of magnitude below 2^127.
 
-    That is: scale bytes are 0 or from the format's `min_scale` to its `max_scale`; integer codes lie within
-    +-q_max; fp32 values are below 2^126 in magnitude and bf16 values, which `encode` may have rounded up, at
-    most 2^126. The stray code 8 of e3m0 and mxfp4 passes: it reads as zero.
+    That is: scale bytes are 0 or from the format's `min_scale` to its `max_scale`; int8, int4 and int3 codes lie
+    within +-q_max, ternary ones within +-1; fp32 values are below 2^126 in magnitude and bf16 values, which
+    `encode` may have rounded up, at most 2^126. All int2 codes are legal. The stray code 8 of e3m0 and mxfp4
+    passes: it reads as zero.
     """
     spec = fmt.spec
     if spec.scale_bytes and scales.size:
@@ -204,12 +207,15 @@ def empty_encoded(fmt: Format, num_blocks: int) -> Encoded:
 
 def warm_up(formats: Iterable[Format]) -> None:
     """Compile, or load from numba's cache, all that operations on these formats and on float32 arrays need."""
-    needed = {plain.flush, plain.nesterov, plain.sgd, plain.peak, plain.add_squares, sum_blocks}
+    needed = {plain.flush, plain.peak, plain.add_squares, sum_blocks}
+    needed |= {plain.sgd, plain.nesterov, plain.delayed_push, plain.delayed_step}
     for fmt in formats:
         loops = _LOOPS[fmt]
         needed |= {loops.encode, loops.accumulate, loops.feedback}
         if fmt in (Format.INT4, Format.INT3):
             needed.add(plain.widest_nibble)
+        if fmt is Format.TERNARY:
+            needed.add(twobit.stray_pairs)
     for needed_kernel in needed:
         assert needed_kernel.address
 
@@ -231,6 +237,8 @@ def _codes_legal(fmt: Format, codes: Bytes) -> bool:
     if fmt in (Format.INT4, Format.INT3):
         widest = plain.widest_nibble(_at(codes), codes.size // fmt.spec.code_bytes, fmt.spec.q_max)
         return bool(widest <= 2 * fmt.spec.q_max)
+    if fmt is Format.TERNARY:
+        return bool(twobit.stray_pairs(_at(codes), codes.size // fmt.spec.code_bytes) == 0)
     return True
 
 

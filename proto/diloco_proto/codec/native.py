@@ -133,6 +133,31 @@ def as_bits(typing_context: Any, value: Any) -> Any:
 
 
 @_intrinsic
+def mean_magnitude(typing_context: Any, address: Any, least: Any) -> Any:
+    """Mean of the magnitudes of the 64 float32 at an address, those whose bits are under `least` taken for zeros.
+
+    Each is divided by 64, then lanes j and j + 32 are added, then j and j + 16, and so on. LLVM does not
+    reorder sums, so a loop would add one by one: the halves are spelled out.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i32, words, floats = ir.IntType(32), ir.VectorType(ir.IntType(32), 64), ir.VectorType(ir.FloatType(), 64)
+        zeros, unset = words([0] * 64), words(ir.Undefined)
+        bits = builder.load(builder.inttoptr(args[0], words.as_pointer()), align=4)
+        magnitude = builder.and_(bits, words([0x7FFFFFFF] * 64))
+        floor = builder.shuffle_vector(builder.insert_element(unset, args[1], i32(0)), unset, zeros)
+        kept = builder.select(builder.icmp_signed(">=", magnitude, floor), magnitude, zeros)
+        lanes = builder.fmul(builder.bitcast(kept, floats), floats([1 / 64] * 64))
+        for half in (32, 16, 8, 4, 2, 1):
+            index = ir.VectorType(i32, half)
+            low, high = (index(list(range(first, first + half))) for first in (0, half))
+            lanes = builder.fadd(builder.shuffle_vector(lanes, lanes, low), builder.shuffle_vector(lanes, lanes, high))
+        return builder.extract_element(lanes, i32(0))
+
+    return types.float32(types.int64, types.int32), codegen
+
+
+@_intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
     """Ask for the cache line at an address; no more than a hint."""
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from diloco_proto.codec.native import (
@@ -32,6 +34,9 @@ from diloco_proto.codec.pieces import (
     fetch,
     i32,
 )
+
+OPTIMIZER: Final = (INT64, ADDRESS, ADDRESS, ADDRESS, ADDRESS, INT64, FLOAT32, FLOAT32)
+"""One signature for all; an optimizer leaves the arrays alone that it has no use for, so any address will do."""
 
 
 @inlined
@@ -168,8 +173,10 @@ def feedback_bf16(
     return -1
 
 
-@kernel(INT64, ADDRESS, ADDRESS, ADDRESS, INT64, FLOAT32, FLOAT32)
-def nesterov(acc_at: int, momentum_at: int, residual_at: int, blocks: int, mu: np.float32, lr: np.float32) -> int:
+@kernel(*OPTIMIZER)
+def nesterov(
+    acc_at: int, momentum_at: int, residual_at: int, buffer_at: int, blocks: int, mu: np.float32, lr: np.float32
+) -> int:
     """m = mu*m + acc, flushed; acc = lr*(acc + mu*m) + residual."""
     acc = carray(pointer(acc_at), blocks * 64, f32)
     momentum = carray(pointer(momentum_at), blocks * 64, f32)
@@ -181,13 +188,46 @@ def nesterov(acc_at: int, momentum_at: int, residual_at: int, blocks: int, mu: n
     return -1
 
 
-@kernel(INT64, ADDRESS, ADDRESS, INT64, FLOAT32)
-def sgd(acc_at: int, residual_at: int, blocks: int, lr: np.float32) -> int:
+@kernel(*OPTIMIZER)
+def sgd(
+    acc_at: int, momentum_at: int, residual_at: int, buffer_at: int, blocks: int, mu: np.float32, lr: np.float32
+) -> int:
     """acc = lr*acc + residual."""
     acc = carray(pointer(acc_at), blocks * 64, f32)
     residual = carray(pointer(residual_at), blocks * 64, f32)
     for i in range(blocks * 64):
         acc[i] = lr * acc[i] + residual[i]
+    return -1
+
+
+@kernel(*OPTIMIZER)
+def delayed_push(
+    acc_at: int, momentum_at: int, residual_at: int, buffer_at: int, blocks: int, mu: np.float32, lr: np.float32
+) -> int:
+    """Delayed Nesterov without a momentum step: buffer = buffer + acc, flushed; acc = lr*acc + residual."""
+    acc = carray(pointer(acc_at), blocks * 64, f32)
+    residual = carray(pointer(residual_at), blocks * 64, f32)
+    buffer = carray(pointer(buffer_at), blocks * 64, f32)
+    for i in range(blocks * 64):
+        buffer[i] = as_float(flushed(as_bits(f32(buffer[i] + acc[i]))))
+        acc[i] = lr * acc[i] + residual[i]
+    return -1
+
+
+@kernel(*OPTIMIZER)
+def delayed_step(
+    acc_at: int, momentum_at: int, residual_at: int, buffer_at: int, blocks: int, mu: np.float32, lr: np.float32
+) -> int:
+    """With one: m = mu*m + (buffer + acc), flushed; buffer = 0; acc = lr*(acc + mu*m) + residual."""
+    acc = carray(pointer(acc_at), blocks * 64, f32)
+    momentum = carray(pointer(momentum_at), blocks * 64, f32)
+    residual = carray(pointer(residual_at), blocks * 64, f32)
+    buffer = carray(pointer(buffer_at), blocks * 64, f32)
+    for i in range(blocks * 64):
+        m = as_float(flushed(as_bits(f32(mu * momentum[i] + (buffer[i] + acc[i])))))
+        momentum[i] = m
+        buffer[i] = f32(0)
+        acc[i] = lr * (acc[i] + mu * m) + residual[i]
     return -1
 
 
