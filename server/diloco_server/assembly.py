@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Encoded, Format, Frame
 from diloco_proto.errors import InvalidContribution
 from diloco_proto.manifest import Fragment
@@ -20,6 +21,22 @@ class Place:
     first_block: int
     num_blocks: int
     digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is behind a contribution: the same in each of its parts."""
+
+    tokens: int = 0
+    steps: int = 0
+    since_version: int = 0
+
+    @classmethod
+    def of(cls, header: pb.PushHeader) -> Work:
+        return cls(header.tokens, header.steps, header.since_version)
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens and {self.steps} steps since version {self.since_version}"
 
 
 def frame_places(
@@ -54,12 +71,11 @@ class Assembly:
     for the same place gets an assembly of its own.
     """
 
-    def __init__(self, fragment: Fragment, fmt: Format, *, tokens: int = 0, steps: int = 0) -> None:
+    def __init__(self, fragment: Fragment, fmt: Format, work: Work = Work()) -> None:
         spec = fmt.spec
         self.fragment = fragment
         self.format = fmt
-        self.tokens = tokens
-        self.steps = steps
+        self.work = work
         self.frames: dict[int, int] = {}
         """First block of each frame held -> its xxh3."""
         self._scales = np.zeros(fragment.num_blocks * spec.scale_bytes, np.uint8)

@@ -24,6 +24,13 @@ from .outer import OuterSettings
 
 AUTO = "auto"
 
+DELAYED = "delayed-nesterov"
+
+NEED_FEEDBACK = (Format.INT2, Format.TERNARY)
+"""Too coarse to do without the worker's residual, and not offered for updates."""
+
+DOWNLINK = tuple(f.label for f in Format if f not in NEED_FEEDBACK)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -42,14 +49,28 @@ class RunConfig:
     overlap_steps: int = option(2, "τ: inner steps from a fragment's push to its merge, hiding the network.")
     mixing_alpha: float = option(0.5, "α: share of the local parameters kept at a merge, in [0, 1].")
     outer_optimizer: str = option(
-        "nesterov", "Outer optimizer: SGD with Nesterov momentum, or plain SGD.", choices=("nesterov", "sgd")
+        "nesterov",
+        "Outer optimizer: SGD with Nesterov momentum, plain SGD, or `delayed-nesterov`: asynchronous, each "
+        "contribution is a step of its own.",
+        choices=("nesterov", "sgd", DELAYED),
     )
     outer_lr: float = option(0.7, "η: learning rate of the outer optimizer.")
-    outer_momentum: float = option(0.9, "μ: momentum of the nesterov outer optimizer, in [0, 1).")
+    outer_momentum: float = option(0.9, "μ: momentum of the nesterov outer optimizers, in [0, 1).")
+    delay_buffer: str | int = option(
+        AUTO,
+        "N: contributions to a fragment that make one Nesterov step with delayed-nesterov; `auto` is the number of "
+        "live workers.",
+    )
     uplink_codec: str = option(
         Format.INT4.label, "Format of the outer gradients.", choices=tuple(f.label for f in Format)
     )
-    downlink_codec: str = option(Format.INT4.label, "Format of the updates.", choices=tuple(f.label for f in Format))
+    downlink_codec: str = option(Format.INT4.label, "Format of the updates.", choices=DOWNLINK)
+    error_feedback: str = option(
+        AUTO,
+        "Workers add what quantization left out of a contribution to their next one. `auto`: for int2 and ternary, "
+        "which need it.",
+        choices=(AUTO, "on", "off"),
+    )
     min_workers: int = option(1, "Workers that must have joined before the run opens, and floor of a round.")
     grace_seconds: str | float = option(
         AUTO,
@@ -62,17 +83,41 @@ class RunConfig:
         "Weight of a contribution: the tokens (or steps) behind it, or all alike.",
         choices=("tokens", "uniform"),
     )
+    max_outer_grad_norm: float = option(
+        10.0,
+        "Contributions whose norm is more than so many times the running median are scaled down to it; 0: never.",
+    )
+    max_staleness: str | int = option(
+        AUTO,
+        "Versions that a contribution's base may lag behind with delayed-nesterov; `auto` is 4 times the live workers.",
+    )
+    max_away: int = option(32, "A worker that was away for more rounds than that adopts the global parameters.")
+    dynamic_local_updates: bool = option(
+        False, "DyLU: give a slower worker fewer inner steps a round, so that all are done at the same time."
+    )
+    stop_after_rounds: int = option(0, "Tell the workers to stop once every fragment has had so many rounds; 0: never.")
+    stop_after_tokens: int = option(0, "Tell the workers to stop once so many tokens have been counted; 0: never.")
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             self._check_type(f)
-        Schedule(self.sync_every, self.num_fragments, self.overlap_steps)
+        self.schedule()
         self._check(0.0 <= self.mixing_alpha <= 1.0, "mixing_alpha", "between 0 and 1")
         self._check(math.isfinite(self.outer_lr) and self.outer_lr > 0, "outer_lr", "greater than 0")
         self._check(0.0 <= self.outer_momentum < 1.0, "outer_momentum", "at least 0 and less than 1")
         self._check(self.min_workers >= 1, "min_workers", "at least 1")
         self._check(1.0 <= self.lease_seconds < math.inf, "lease_seconds", "at least 1 second")
         self._check(_is_grace(self.grace_seconds), "grace_seconds", "a number of seconds, 0 or more, `inf` or `auto`")
+        self._check(_is_auto_or(self.delay_buffer, 1), "delay_buffer", "a whole number, 1 or more, or `auto`")
+        self._check(_is_auto_or(self.max_staleness, 0), "max_staleness", "a whole number, 0 or more, or `auto`")
+        self._check(0.0 <= self.max_outer_grad_norm < math.inf, "max_outer_grad_norm", "0 or more")
+        self._check(self.max_away >= 1, "max_away", "at least 1")
+        self._check(self.stop_after_rounds >= 0, "stop_after_rounds", "0 or more")
+        self._check(self.stop_after_tokens >= 0, "stop_after_tokens", "0 or more")
+        if self.error_feedback == "off" and self.uplink in NEED_FEEDBACK:
+            raise ConfigError(
+                f"uplink_codec {self.uplink_codec} needs error feedback: leave error_feedback at `auto`, or take int3"
+            )
 
     def _check(self, good: bool, name: str, rule: str) -> None:
         if not good:
@@ -81,7 +126,7 @@ class RunConfig:
     def _check_type(self, f: dataclasses.Field[Any]) -> None:
         value = getattr(self, f.name)
         wanted = type(f.default)
-        if f.name == "grace_seconds" and type(value) in (int, float):
+        if f.default == AUTO and not f.metadata["choices"] and type(value) in (int, float):
             object.__setattr__(self, f.name, str(value))
         elif wanted is float and type(value) is int:
             object.__setattr__(self, f.name, float(value))
@@ -91,10 +136,34 @@ class RunConfig:
         if choices and value not in choices:
             raise ConfigError(f"{f.name} is {value!r}; choose one of {', '.join(choices)}")
 
+    def schedule(self) -> Schedule:
+        """That of a worker with the whole H. Raises ConfigError."""
+        return Schedule(self.sync_every, self.num_fragments, self.overlap_steps)
+
     @property
     def grace(self) -> float | None:
         """Grace in seconds; None for `auto`."""
         return None if self.grace_seconds == AUTO else float(self.grace_seconds)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Every contribution is an outer step of its own, at once."""
+        return self.outer_optimizer == DELAYED
+
+    def buffered(self, live: int) -> int:
+        """N of delayed Nesterov, with so many live workers."""
+        return max(1, live) if self.delay_buffer == AUTO else int(self.delay_buffer)
+
+    def staleness_limit(self, live: int) -> int:
+        """Versions that a contribution's base may lag behind, with so many live workers; 0 for synchronous rounds."""
+        if not self.asynchronous:
+            return 0
+        return 4 * max(1, live) if self.max_staleness == AUTO else int(self.max_staleness)
+
+    @property
+    def feedback(self) -> bool:
+        """Whether workers keep a residual of what quantization left out."""
+        return self.error_feedback == "on" or (self.error_feedback == AUTO and self.uplink in NEED_FEEDBACK)
 
     @property
     def uplink(self) -> Format:
@@ -126,10 +195,13 @@ class RunConfig:
             mixing_alpha=self.mixing_alpha,
             uplink_codec=codec_to_pb(self.uplink),
             downlink_codec=codec_to_pb(self.downlink),
+            error_feedback=self.feedback,
         )
 
     def as_text(self) -> dict[str, str]:
-        return {f.name: str(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """Field -> value, as it would stand in a config file."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +229,13 @@ class ServerConfig:
             raise ConfigError(f"init is {self.init}, which is no file")
         if self.port_file is not None and not self.port_file.parent.is_dir():
             raise ConfigError(f"port_file is {self.port_file}, but {self.port_file.parent} is no directory")
+
+
+def _is_auto_or(value: str | int, least: int) -> bool:
+    try:
+        return value == AUTO or int(value) >= least
+    except ValueError:
+        return False
 
 
 def _is_grace(value: str | float) -> bool:

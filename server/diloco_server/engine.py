@@ -42,7 +42,7 @@ class Engine:
         self.bytes_out = 0
         self.draining = False
         self.on_failure: Callable[[Exception], None] | None = None
-        self._sessions: dict[str, SessionQueue] = {}
+        self._sessions: dict[str, tuple[Member, SessionQueue]] = {}
         self._commits: set[asyncio.Task[None]] = set()
         self._busy: dict[int, asyncio.Lock] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -61,24 +61,35 @@ class Engine:
         member.seen = self.clock()  # the first hello seeds the run from --init, which takes a while
         former = self._sessions.get(member.worker_id)
         if former is not None:
-            text = f"worker {member.worker_id!r} has joined again: stop this process, or give it another worker_id"
-            offer(former, Superseded(text))
+            offer(former[1], _replaced(former[0], member))
         queue: SessionQueue = asyncio.Queue(SESSION_QUEUE)
-        self._sessions[member.worker_id] = queue
+        self._sessions[member.worker_id] = member, queue
         self.settle()
         return member, queue
 
     def detach(self, member: Member, queue: SessionQueue) -> None:
-        """The session's stream has ended. The member stays until its lease runs out."""
-        if self._sessions.get(member.worker_id) is queue:
+        """The session's stream has ended. The member has a while to come back."""
+        if self._is_current(member, queue):
             del self._sessions[member.worker_id]
+            self.run.cut(member, self.clock())
+            self.settle()
+
+    def hear(self, member: Member, queue: SessionQueue, request: pb.SessionRequest) -> None:
+        """A message of a session. Raises ConnectionClosed for one that another has taken the place of, whose messages
+        may be older than those heard since; NotMember or Superseded."""
+        if not self._is_current(member, queue):
+            raise ConnectionClosed("another session of this worker has begun")
+        self.run.hear(member.worker_id, member.generation, request, self.clock())
+        self.settle()
+
+    def _is_current(self, member: Member, queue: SessionQueue) -> bool:
+        current = self._sessions.get(member.worker_id)
+        return current is not None and current[1] is queue
 
     async def finish_push(self, ticket: Ticket) -> pb.Outcome:
         """All frames of the stream are in."""
-        seed = None
-        if ticket.header.purpose == pb.PURPOSE_SEED:
-            seed = await asyncio.get_running_loop().run_in_executor(self.threads, ticket.seed)
-        outcome = self.run.finish_push(ticket, self.clock(), seed)
+        prepared = await asyncio.get_running_loop().run_in_executor(self.threads, ticket.prepare)
+        outcome = self.run.finish_push(ticket, self.clock(), prepared)
         self.settle()
         return outcome
 
@@ -95,9 +106,9 @@ class Engine:
             self.run.settle_finish()
         outbox, self.run.outbox = self.run.outbox, []
         for worker_id, event in outbox:
-            queue = self._sessions.get(worker_id)
-            if queue is not None:
-                offer(queue, event)
+            session = self._sessions.get(worker_id)
+            if session is not None:
+                offer(session[1], event)
         self._set_timer(now)
 
     async def _commit(self, close: Close) -> None:
@@ -149,14 +160,22 @@ class Engine:
             self.run.run_id,
             self.run.rounds_committed,
         )
-        for queue in self._sessions.values():
+        for _, queue in self._sessions.values():
             offer(queue, pb.SessionEvent(draining=pb.Draining(reason=reason)))
         while self._commits:
             await asyncio.wait(set(self._commits))
         if self._timer is not None:
             self._timer.cancel()
-        for queue in self._sessions.values():
+        for _, queue in self._sessions.values():
             offer(queue, ConnectionClosed(f"the server is shutting down: {reason}"))
+
+
+def _replaced(former: Member, member: Member) -> DilocoError:
+    """Why a session ends when its worker says hello anew. The same process may come back if it was this one that
+    lived: a hello can be late, by a connection that was given up."""
+    if former.generation == member.generation:
+        return ConnectionClosed("another session of this worker has begun")
+    return Superseded(f"worker {member.worker_id!r} has joined again: stop this process, or give it another worker_id")
 
 
 def offer(queue: SessionQueue, event: pb.SessionEvent | DilocoError | None) -> None:

@@ -8,8 +8,15 @@ from enum import StrEnum
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.errors import NotMember, Superseded
 
+from .pace import Speed
+from .rounds import RoundRecord
+
 KEPT_GONE = 256
 """Workers that are gone and still remembered, for status and so that an older process of theirs is refused."""
+
+CUT_SHARE = 1 / 3
+"""Of the lease: so long a worker whose connection broke may take to come back. A process that was killed breaks it
+at once, and rounds need not wait for the whole lease; one that was only cut off is back within seconds."""
 
 
 class MemberState(StrEnum):
@@ -31,6 +38,13 @@ class Member:
     seen: float
     moved: float
     """When its training was last known to go on."""
+    shard: int
+    """Its share of the data; see `Members.shards`."""
+    sync_every: int = 0
+    """Its H; 0 before it was ready."""
+    speed: Speed = field(default_factory=Speed)
+    cut_at: float | None = None
+    """When its connection broke, if it has not come back."""
     hung: bool = False
     done: bool = False
     """It has said that it ends, by finishing: the run goes on without it, even after it has left."""
@@ -51,12 +65,29 @@ class Member:
         """Its training goes on."""
         self.moved, self.hung = now, False
 
+    def hears_of(self, record: RoundRecord, now: float) -> None:
+        """A round is over."""
+        if self.worker_id in record.counted:
+            self.counted += 1
+            self.moves(now)  # it may have waited for this
+        elif self.worker_id in record.missed:
+            self.not_counted += 1
+
+    def hears(self, beat: pb.Heartbeat, now: float) -> None:
+        self.seen = now
+        self.speed.hear(self.last, beat)
+        if beat.step > self.last.step:
+            self.moves(now)
+        self.last = beat
+
 
 class Members:
     """All workers, the last of those that are gone included, in the order of their first hello."""
 
-    def __init__(self, lease_seconds: float) -> None:
+    def __init__(self, lease_seconds: float, shards: int = 1) -> None:
         self.lease_seconds = lease_seconds
+        self.shards = shards
+        """How many shares the data is dealt out to: grows when there are more live workers, never shrinks."""
         self._by_id: dict[str, Member] = {}
 
     def all(self) -> list[Member]:
@@ -79,14 +110,24 @@ class Members:
                 f"worker {worker_id!r} was joined by a newer process; stop this one, or give it another worker_id"
             )
         if known is None or generation > known.generation:
-            counts = (known.counted, known.not_counted) if known else (0, 0)
-            known = Member(worker_id, generation, now, now, counted=counts[0], not_counted=counts[1])
+            former, known = known, Member(worker_id, generation, now, now, self._free_shard(known))
+            if former is not None:
+                known.counted, known.not_counted = former.counted, former.not_counted
             self._by_id[worker_id] = known
             self._forget()
         elif known.state is MemberState.GONE:
+            known.shard = self._free_shard(known)
             known.state = MemberState.JOINING
-        known.seen = now
+        known.seen, known.cut_at = now, None
+        self.shards = max(self.shards, known.shard + 1)
         return known
+
+    def _free_shard(self, known: Member | None) -> int:
+        """The worker's former shard if no other has it now, else the lowest that is free."""
+        taken = {m.shard for m in self.live() if m is not known}
+        if known is not None and known.shard not in taken:
+            return known.shard
+        return next(i for i in range(len(taken) + 1) if i not in taken)
 
     def _forget(self) -> None:
         gone = sorted(self.in_state(MemberState.GONE), key=lambda m: m.seen)
@@ -107,11 +148,22 @@ class Members:
     def known(self, worker_id: str) -> Member | None:
         return self._by_id.get(worker_id)
 
+    def _expiry(self, member: Member) -> float:
+        lease = member.seen + self.lease_seconds
+        return lease if member.cut_at is None else min(lease, member.cut_at + CUT_SHARE * self.lease_seconds)
+
     def expired(self, now: float) -> list[Member]:
         """Live members whose lease has run out."""
-        return [m for m in self.live() if now - m.seen >= self.lease_seconds]
+        return [m for m in self.live() if now >= self._expiry(m)]
 
     def next_expiry(self) -> float | None:
         """When the next lease runs out if nobody is heard of, or None without live members."""
-        seen = [m.seen for m in self.live()]
-        return min(seen) + self.lease_seconds if seen else None
+        return min((self._expiry(m) for m in self.live()), default=None)
+
+    def excuse(self, seconds: float, now: float) -> None:
+        """The server itself stood still for so long, until now: that counts for nobody."""
+        for member in self.live():
+            member.seen = min(now, member.seen + seconds)
+            member.moved = min(now, member.moved + seconds)
+            if member.cut_at is not None:
+                member.cut_at = min(now, member.cut_at + seconds)

@@ -1,14 +1,26 @@
 """The outer optimizers and the commit of a round: pure arrays, in place, one pass over the memory.
 
-    m <- mu*m + g              g = sum of coef_i * decode(c_i),  coef_i = float32(w_i / sum of w)
-    u <- lr*(g + mu*m) + e     q = encode(u)     e <- u - decode(q)     theta <- theta - decode(q)
+    g = sum of coef_i * decode(c_i)        coef_i = float32(scale_i * w_i / sum of w)
+    u = what the optimizer makes of g      q = encode(u)     e <- u - decode(q)     theta <- theta - decode(q)
 
 "nesterov" is torch.optim.SGD(nesterov=True), as in DiLoCo (arXiv 2311.08105), on the mean of the contributions;
-"sgd" has no momentum: u <- lr*g + e. The quantized update is what is applied, so theta is what every worker
-that applies the same update holds; what quantization left out stays in the residual e for the next round.
+"sgd" has no momentum:
 
-All arithmetic is float32, one rounding an operation, contributions in the order given. A momentum under 2^-100
-becomes zero. The bits do not depend on the number of threads or on how the work is cut.
+    nesterov    m <- mu*m + g     u <- lr*(g + mu*m) + e
+    sgd         u <- lr*g + e
+
+"delayed-nesterov" (arXiv 2401.09135, c = 0) makes a step of every single contribution, of relative weight w; its
+momentum takes a step with every N-th, so that N steps together are one Nesterov step on their mean:
+
+    a = coef * decode(c)          coef = float32(scale * w / N)
+    not the N-th    b <- b + a                              u <- lr*a + e
+    the N-th        m <- mu*m + (b + a)     b <- 0          u <- lr*(a + mu*m) + e
+
+The quantized update is what is applied, so theta is what every worker that applies the same update holds; what
+quantization left out stays in the residual e for the next step.
+
+All arithmetic is float32, one rounding an operation, contributions in the order given. A momentum m or a buffer b
+under 2^-100 becomes zero. The bits do not depend on the number of threads or on how the work is cut.
 """
 
 from __future__ import annotations
@@ -25,13 +37,15 @@ from numpy.typing import NDArray
 
 from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, kernels
 from diloco_proto.codec.formats import Floats
-from diloco_proto.codec.native import ADDRESS, FLOAT32, INT32, INT64, call_kernel, carray, kernel, pointer
-from diloco_proto.codec.plain import nesterov, sgd
+from diloco_proto.codec.native import Kernel
+from diloco_proto.codec.plain import delayed_push, delayed_step, nesterov, sgd
+
+from .fused import STEP, commit_blocks, source
+
+DELAYED: Final = "delayed-nesterov"
 
 LIMIT: Final = 2.0**126
 """No value of the state may reach it: no format could hold it."""
-STEP: Final = 12
-"""Blocks that go through all stages together: 768 values, of which all arrays fit in the first level cache."""
 TASK: Final = 1 << 14
 """Blocks a thread takes at a time: a million values, about a millisecond."""
 
@@ -41,12 +55,12 @@ class OuterSettings:
     """What an outer step is made of."""
 
     optimizer: str
-    """"nesterov", or "sgd" (plain, without momentum)."""
+    """"nesterov", "sgd" (plain, without momentum) or "delayed-nesterov" (each contribution a step of its own)."""
     lr: float
     momentum: float
     """In [0, 1); not used by "sgd"."""
     downlink: Format
-    """How the update is encoded."""
+    """How the update is encoded; not int2 or ternary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,42 +70,64 @@ class Bounds:
     theta: float
     momentum: float
     residual: float
+    buffer: float = 0.0
     update: float = 0.0
 
-    def after(self, mean: float, mu: float, lr: float) -> Bounds:
-        """The bounds after a step on a mean of at most this magnitude.
+    def after(self, g: float, mu: float, lr: float, last: bool = True) -> Bounds:
+        """The bounds after a step on a g of at most this magnitude. `last`: the momentum takes a step.
 
-        The slack covers the float32 roundings. Every format has a code within |u|/2 of u, zero at the least
-        for what is flushed; so |u - decoded| <= |u|/2 and |decoded| <= 1.5*|u|.
+        The slack covers the float32 roundings. Every format of updates has a code within |u|/2 of u, zero at the
+        least for what is flushed; so |u - decoded| <= |u|/2 and |decoded| <= 1.5*|u|.
         """
         slack = 1.001
-        momentum = slack * (mu * self.momentum + mean)
-        update = slack * (lr * (mean + mu * momentum) + self.residual)
-        return Bounds(slack * (self.theta + 1.5 * update), momentum, update / 2 + 2.0**-100, update)
+        momentum, buffer, push = self.momentum, slack * (self.buffer + g), 0.0
+        if last:
+            momentum, buffer = slack * (mu * momentum + buffer), 0.0
+            push = mu * momentum
+        update = slack * (lr * (g + push) + self.residual)
+        return Bounds(slack * (self.theta + 1.5 * update), momentum, update / 2 + 2.0**-100, buffer, update)
 
     def safe(self) -> bool:
         """False if a value may have overflowed, or is none."""
-        return all(b < LIMIT for b in (self.theta, self.momentum, self.residual, self.update))
+        return all(b < LIMIT for b in (self.theta, self.momentum, self.residual, self.buffer, self.update))
 
 
 @dataclass(slots=True)
 class FragmentState:
     """A fragment's global parameters and its optimizer's state. `commit` changes the arrays in place.
 
-    float32[n] each, contiguous, n a multiple of 64: 12 bytes a parameter, 8 without momentum.
+    float32[n] each, contiguous, n a multiple of 64: 12 bytes a parameter, 8 for "sgd", 16 for "delayed-nesterov".
     """
 
     theta: Floats
     momentum: Floats | None
     """None for "sgd"."""
     residual: Floats
+    buffer: Floats | None = None
+    """Sum since the last momentum step; only for "delayed-nesterov", as are the two counters."""
+    buffered: int = 0
+    """Contributions since the last momentum step."""
+    window: int = 1
+    """N of the current window; of no meaning while `buffered` is 0."""
     bounds: Bounds | None = field(default=None, init=False, repr=False)
     """Kept up to date by `commit`. Set to None after writing larger values to the arrays by other means."""
 
     def measure(self) -> Bounds:
         """The bounds, taken from the arrays."""
-        momentum = 0.0 if self.momentum is None else kernels.largest_magnitude(self.momentum)
-        return Bounds(kernels.largest_magnitude(self.theta), momentum, kernels.largest_magnitude(self.residual))
+        arrays = (self.theta, self.momentum, self.residual, self.buffer)
+        return Bounds(*(0.0 if a is None else kernels.largest_magnitude(a) for a in arrays))
+
+    def part(self, cut: slice) -> FragmentState:
+        """A range of the arrays, as views."""
+        momentum = None if self.momentum is None else self.momentum[cut]
+        buffer = None if self.buffer is None else self.buffer[cut]
+        return FragmentState(self.theta[cut], momentum, self.residual[cut], buffer)
+
+    def copy(self) -> FragmentState:
+        """With arrays of its own."""
+        momentum = None if self.momentum is None else self.momentum.copy()
+        buffer = None if self.buffer is None else self.buffer.copy()
+        return FragmentState(self.theta.copy(), momentum, self.residual.copy(), buffer, self.buffered, self.window)
 
 
 def commit(
@@ -100,12 +136,19 @@ def commit(
     weights: Sequence[float],
     settings: OuterSettings,
     threads: Executor | None = None,
+    *,
+    scales: Sequence[float] | None = None,
+    delay: int = 1,
 ) -> Encoded:
     """One outer step on the weighted mean of the contributions; returns the update, already subtracted from theta.
 
     Contributions cover the fragment, are legal (`codec.validate`, as every frame read is) and may be in
     different formats. Their order matters to the last bit: the caller sorts them. Weights are >= 0 and not all
-    zero. With `threads` the executor's idle threads help; the caller may be one of them.
+    zero. `scales` (default all 1) shrink single contributions and leave the others' shares as they are. With
+    `threads` the executor's idle threads help; the caller may be one of them.
+
+    "delayed-nesterov" takes one contribution at a time; its weight is relative to the usual one. `delay`, its N,
+    is heeded when a window begins and holds until its end.
 
     Raises UnencodableValue, before anything of the state has changed, if the step would make a value of the
     state or of the update NaN, infinite or of magnitude 2^126 or more; its index is that of the first such
@@ -114,13 +157,16 @@ def commit(
     overflow, which takes contributions near 2^100, the step is first rehearsed on copies of a million values at
     a time.
     """
-    step = _Step(state, contributions, weights, settings)
-    before = state.bounds or state.measure()
-    mean = sum(abs(float(k)) * _largest(c) for k, c in zip(step.coefficients, contributions, strict=True))
-    mu = 0.0 if state.momentum is None else settings.momentum
-    bounds = before.after(mean, mu, settings.lr)
+    delayed = settings.optimizer == DELAYED
+    assert delay >= 1
+    assert len(contributions) == 1 or not delayed
+    window = state.window if state.buffered else delay
+    last = not delayed or state.buffered + 1 >= window
+    shares = coefficients(weights, scales, float(window) if delayed else None)
+    step = _Step(state, contributions, shares, settings, last)
+    bounds = (state.bounds or state.measure()).after(*step.magnitudes)
     if not bounds.safe():
-        bounds = state.measure().after(mean, mu, settings.lr)
+        bounds = state.measure().after(*step.magnitudes)
     certain = bounds.safe()
     starts = range(0, step.num_blocks, TASK)
     if not certain:
@@ -128,6 +174,8 @@ def commit(
             step.rehearse(start)
     _spread(step.run, starts, threads)
     state.bounds = bounds if certain else None
+    if delayed:
+        state.window, state.buffered = window, 0 if last else state.buffered + 1
     return step.update
 
 
@@ -153,17 +201,20 @@ def _spread(work: Callable[[int], None], starts: Sequence[int], threads: Executo
                 helper.result()
 
 
-def coefficients(weights: Sequence[float]) -> list[np.float32]:
-    """w_i / sum(w), the sum in order and all in float64, rounded to float32."""
-    total = sum(float(w) for w in weights)
-    assert total > 0
-    return [np.float32(w / total) for w in weights]
+def coefficients(
+    weights: Sequence[float], scales: Sequence[float] | None = None, total: float | None = None
+) -> list[np.float32]:
+    """scale_i * w_i / total, in float64 and rounded to float32; total is the sum of w, in order, if not given."""
+    whole = sum(float(w) for w in weights) if total is None else total
+    assert whole > 0
+    by = [1.0] * len(weights) if scales is None else scales
+    return [np.float32(s * w / whole) for s, w in zip(by, weights, strict=True)]
 
 
 def warm_up(formats: Iterable[Format]) -> None:
     """Compile, or load from numba's cache, what commits with these formats need."""
     kernels.warm_up(formats)
-    assert _commit_blocks.address
+    assert commit_blocks.address
 
 
 class _Step:
@@ -173,63 +224,64 @@ class _Step:
         self,
         state: FragmentState,
         contributions: Sequence[Encoded],
-        weights: Sequence[float],
+        shares: Sequence[np.float32],
         settings: OuterSettings,
+        last: bool,
     ) -> None:
         n = state.theta.size
-        arrays = [state.theta, state.residual, *([] if state.momentum is None else [state.momentum])]
-        assert all(a.dtype == np.float32 and a.flags.c_contiguous and a.size == n for a in arrays)
+        assert all(a.dtype == np.float32 and a.flags.c_contiguous and a.size == n for a in _arrays(state))
         assert n % BLOCK == 0
         assert (settings.optimizer == "sgd") == (state.momentum is None)
+        assert (settings.optimizer == DELAYED) == (state.buffer is not None)
+        assert settings.downlink not in (Format.INT2, Format.TERNARY)
         assert contributions
         self.num_blocks = n // BLOCK
         assert all(c.num_blocks == self.num_blocks for c in contributions)
-        self.coefficients = np.array(coefficients(weights), np.float32)
+        g = sum(abs(float(k)) * _largest(c) for k, c in zip(shares, contributions, strict=True))
+        mu = 0.0 if state.momentum is None else settings.momentum
+        self.magnitudes = (g, mu, settings.lr, last)
+        """What the bounds after the step depend on."""
         self.update = kernels.empty_encoded(settings.downlink, self.num_blocks)
         self._state = state
         self._settings = settings
-        self._sources = np.array([_source(c) for c in contributions], np.int64)
+        self._optimizer = _optimizer(state, last)
+        self._coefficients = np.array(shares, np.float32)
+        self._sources = np.array([source(c) for c in contributions], np.int64)
         self._alive = contributions  # the addresses in _sources point into their arrays
 
     def run(self, start: int) -> None:
         """Commit up to TASK blocks from block `start` on."""
-        blocks = min(TASK, self.num_blocks - start)
-        state, part = self._state, slice(start * BLOCK, (start + blocks) * BLOCK)
-        momentum = None if state.momentum is None else state.momentum[part]
-        scratch = np.empty(STEP * BLOCK, np.float32)
-        bad = self._run(start, blocks, state.theta[part], momentum, state.residual[part], scratch)
+        bad = self._run(start, self._part(start), np.empty(STEP * BLOCK, np.float32))
         assert bad < 0
 
     def rehearse(self, start: int) -> None:
         """Commit the same blocks on copies. Raises UnencodableValue if a value comes out too large."""
-        blocks = min(TASK, self.num_blocks - start)
-        state, part = self._state, slice(start * BLOCK, (start + blocks) * BLOCK)
-        theta, residual = state.theta[part].copy(), state.residual[part].copy()
-        momentum = None if state.momentum is None else state.momentum[part].copy()
-        scratch = np.empty(STEP * BLOCK, np.float32)
-        bad = self._run(start, blocks, theta, momentum, residual, scratch)
+        part, scratch = self._part(start).copy(), np.empty(STEP * BLOCK, np.float32)
+        bad = self._run(start, part, scratch)
         if bad >= 0:  # scratch holds the u of the step in which it stopped
             offset = bad % STEP * BLOCK
             index = bad * BLOCK + _first_over(scratch[offset : offset + BLOCK])
             raise UnencodableValue(start * BLOCK + index)
-        found = [_first_over(a) for a in (theta, residual, momentum) if a is not None]
+        found = [_first_over(a) for a in _arrays(part)]
         if max(found) >= 0:
             raise UnencodableValue(start * BLOCK + min(i for i in found if i >= 0))
 
-    def _run(
-        self, start: int, blocks: int, theta: Floats, momentum: Floats | None, residual: Floats, scratch: Floats
-    ) -> int:
+    def _part(self, start: int) -> FragmentState:
+        return self._state.part(slice(start * BLOCK, (start + TASK) * BLOCK))
+
+    def _run(self, start: int, part: FragmentState, scratch: Floats) -> int:
         fmt = self._settings.downlink
         spec, loops = fmt.spec, kernels.loops_of(fmt)
-        bad = _commit_blocks(
+        bad = commit_blocks(
             self._sources.ctypes.data,
-            self.coefficients.ctypes.data,
+            self._coefficients.ctypes.data,
             len(self._sources),
             start,
-            blocks,
-            theta.ctypes.data,
-            0 if momentum is None else momentum.ctypes.data,
-            residual.ctypes.data,
+            part.theta.size // BLOCK,
+            part.theta.ctypes.data,
+            0 if part.momentum is None else part.momentum.ctypes.data,
+            part.residual.ctypes.data,
+            0 if part.buffer is None else part.buffer.ctypes.data,
             self.update.scales.ctypes.data + start * spec.scale_bytes,
             self.update.codes.ctypes.data + start * spec.code_bytes,
             spec.scale_bytes,
@@ -237,7 +289,7 @@ class _Step:
             loops.feedback.address,
             loops.tie,
             loops.shift,
-            sgd.address if momentum is None else nesterov.address,
+            self._optimizer.address,
             self._settings.momentum,
             self._settings.lr,
             scratch.ctypes.data,
@@ -245,14 +297,16 @@ class _Step:
         return int(bad)
 
 
-def _source(contribution: Encoded) -> tuple[int, int, int, int, int]:
-    """What _commit_blocks has to know of a contribution."""
-    spec = contribution.format.spec
-    scales, codes = contribution.scales, contribution.codes
-    assert scales.flags.c_contiguous
-    assert codes.flags.c_contiguous
-    accumulate = kernels.loops_of(contribution.format).accumulate.address
-    return accumulate, scales.ctypes.data, codes.ctypes.data, spec.scale_bytes, spec.code_bytes
+def _optimizer(state: FragmentState, last: bool) -> Kernel:
+    if state.momentum is None:
+        return sgd
+    if state.buffer is None:
+        return nesterov
+    return delayed_step if last else delayed_push
+
+
+def _arrays(state: FragmentState) -> list[Floats]:
+    return [a for a in (state.theta, state.momentum, state.residual, state.buffer) if a is not None]
 
 
 def _largest(contribution: Encoded) -> float:
@@ -272,65 +326,3 @@ def _first_over(x: Floats) -> int:
     """Index of the first value that is NaN or not under the limit, or -1."""
     fine: NDArray[np.bool_] = np.abs(x) < LIMIT
     return -1 if fine.all() else int(np.argmin(fine))
-
-
-@kernel(
-    INT64,
-    *(ADDRESS, ADDRESS, INT64, INT64, INT64),
-    *(ADDRESS, ADDRESS, ADDRESS),
-    *(ADDRESS, ADDRESS, INT64, INT64),
-    *(ADDRESS, INT32, INT32),
-    *(ADDRESS, FLOAT32, FLOAT32, ADDRESS),
-)
-def _commit_blocks(
-    sources_at: int,
-    coefficients_at: int,
-    count: int,
-    start: int,
-    blocks: int,
-    theta_at: int,
-    momentum_at: int,
-    residual_at: int,
-    scales_at: int,
-    codes_at: int,
-    scale_bytes: int,
-    code_bytes: int,
-    feedback: int,
-    tie: np.int32,
-    shift: np.int32,
-    optimizer: int,
-    mu: np.float32,
-    lr: np.float32,
-    scratch_at: int,
-) -> int:
-    """Commit `blocks` blocks, of which the first is block `start` of the contributions.
-
-    All other addresses are those of the first block's data. sources: int64[count, 5], see _source; momentum_at
-    is 0 for sgd; `feedback` and `optimizer` are addresses of kernels; scratch: float32[64*STEP]. Returns the
-    first block whose u is refused, or -1.
-
-    While contributions are decoded, which takes little from memory, the state of the next step is prefetched.
-    """
-    sources = carray(pointer(sources_at), (count, 5), np.int64)
-    coefs = carray(pointer(coefficients_at), count, np.float32)
-    for b in range(0, blocks, STEP):
-        some = min(STEP, blocks - b)
-        theta, residual = theta_at + b * 256, residual_at + b * 256
-        momentum = momentum_at + b * 256 if momentum_at != 0 else residual
-        next_step = STEP * 256 if b + 2 * STEP <= blocks else 0
-        for i in range(count):
-            ahead = next_step + (momentum if i % 3 == 0 else (residual if i % 3 == 1 else theta))
-            scales = sources[i, 1] + (start + b) * sources[i, 3]
-            codes = sources[i, 2] + (start + b) * sources[i, 4]
-            keep = np.int32(0) if i == 0 else np.int32(-1)
-            call_kernel(sources[i, 0], (scales, codes, some, coefs[i], keep, scratch_at, ahead))
-        if momentum_at != 0:
-            call_kernel(optimizer, (scratch_at, momentum, residual, some, mu, lr))
-        else:
-            call_kernel(optimizer, (scratch_at, residual, some, lr))
-        scales = scales_at + b * scale_bytes
-        codes = codes_at + b * code_bytes
-        bad = call_kernel(feedback, (scratch_at, scales, codes, residual, theta, some, tie, shift))
-        if bad >= 0:
-            return int(b + bad)
-    return -1

@@ -16,10 +16,26 @@ from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
 from diloco_proto.manifest import Fragment, Layout, Role
 from diloco_proto.wire import codec_to_pb
 
-from .outer import FragmentState, OuterSettings, commit
+from .outer import DELAYED, FragmentState, OuterSettings, commit
 
 KEPT_UPDATES = 2
-"""Published updates kept in memory for each fragment; who is further behind takes a snapshot."""
+"""Published updates of a fragment that are kept in memory whatever their size; who is further behind than the
+kept ones takes a snapshot."""
+
+KEPT_SHARE = 0.25
+"""More of them are kept while together they have less than this share of the bytes of the fragment's snapshot."""
+
+KEPT_SHARE_DELAYED = 1.0
+"""Likewise with delayed-nesterov, where a worker falls behind by one version a period for each of the others.
+Beyond that a snapshot is smaller anyway."""
+
+BUFFERS = OuterSettings(optimizer="sgd", lr=1.0, momentum=0.0, downlink=Format.FP32)
+"""Buffers are averaged, not trained: theta becomes the mean of the workers' own values."""
+
+BUFFER_STEP = 1 / 3
+"""With delayed-nesterov a contribution takes this share of w/N of the way. With the whole of it, since each is made
+from a base about N versions old, theta overshoots by half of the way: a variance would become negative. Up to 1/e of
+it does not overshoot."""
 
 _STEP = Format.FP32.spec.frame_blocks
 """Blocks in a frame of a snapshot."""
@@ -78,21 +94,38 @@ class _Global:
     """One fragment's global state."""
 
     fragment: Fragment
+    settings: OuterSettings
     state: FragmentState
     version: int = 0
     digest: int = 0
-    updates: deque[Update] = field(default_factory=lambda: deque(maxlen=KEPT_UPDATES))
+    updates: deque[Update] = field(default_factory=deque)
+    """The newest, up to `version`."""
+    updates_bytes: int = 0
     snapshot: Snapshot | None = None
     """Of the current version, if somebody reads it."""
     old_snapshot: Snapshot | None = None
+
+    @property
+    def snapshot_bytes(self) -> int:
+        return self.fragment.num_blocks * Format.FP32.spec.code_bytes
+
+    def keep(self, update: Update, share: float) -> None:
+        """Keep it, and of the older ones those that together with it stay under this share of a snapshot."""
+        self.updates.append(update)
+        self.updates_bytes += update.nbytes
+        while len(self.updates) > KEPT_UPDATES and self.updates_bytes >= share * self.snapshot_bytes:
+            self.updates_bytes -= self.updates.popleft().nbytes
 
 
 class Parameters:
     """Owns every fragment's FragmentState. `commit` may run in a thread; callers keep it apart from `pin`."""
 
     def __init__(self, layout: Layout, settings: OuterSettings) -> None:
-        self._settings = settings
-        self._globals = [_Global(f, _empty_state(f, settings)) for f in layout.fragments]
+        self._delayed = settings.optimizer == DELAYED
+        self._globals = []
+        for fragment in layout.fragments:
+            its = BUFFERS if fragment.role is Role.BUFFER else settings
+            self._globals.append(_Global(fragment, its, _empty_state(fragment, its)))
 
     def version(self, fragment: int) -> int:
         return self._globals[fragment].version
@@ -119,21 +152,27 @@ class Parameters:
         payloads: Sequence[Encoded],
         weights: Sequence[float],
         threads: Executor | None = None,
+        *,
+        scales: Sequence[float] | None = None,
+        delay: int = 1,
     ) -> tuple[Update, bool]:
-        """One outer step; returns the update and whether the payloads were counted.
+        """One outer step; returns the update and whether the payloads were counted. See `outer.commit`.
 
-        When their mean would overflow, the update is zero and nothing was counted.
+        When the step would overflow, the update is zero and nothing was counted.
         """
         target = self._globals[fragment]
+        if self._delayed and target.settings is BUFFERS:
+            (weight,), (scale,) = weights, scales or (1.0,)
+            weights, scales = (1.0,), (BUFFER_STEP * scale * weight / delay,)
         if target.snapshot is not None:
             # Its readers go on from the old array; the step is made on a copy.
             target.state.theta = target.state.theta.copy()
         counted = True
         try:
-            update = commit(target.state, payloads, weights, self._settings, threads)
+            update = commit(target.state, payloads, weights, target.settings, threads, scales=scales, delay=delay)
         except UnencodableValue:
             counted = False
-            update = _zero_update(target.fragment, self._settings.downlink)
+            update = _zero_update(target.fragment, target.settings.downlink)
         frames = pack_frames(update)
         value = digest(target.state.theta)
         item = pb.Item(
@@ -152,7 +191,7 @@ class Parameters:
         assert update.version == target.version + 1
         target.version = update.version
         target.digest = update.digest
-        target.updates.append(update)
+        target.keep(update, KEPT_SHARE_DELAYED if self._delayed else KEPT_SHARE)
         if target.snapshot is not None:
             if target.old_snapshot is not None:
                 # One old copy at a time: memory stays bounded however slow a reader is.
@@ -160,12 +199,18 @@ class Parameters:
             target.old_snapshot, target.snapshot = target.snapshot, None
 
     def updates_since(self, fragment: int, version: int) -> list[Update] | None:
-        """Updates that lead from `version` to now, or None when some of them are no longer kept."""
+        """Updates that lead from `version` to now, or None for who had better take a snapshot.
+
+        That is when some of them are no longer kept, or when several together are as large as a snapshot.
+        """
         target = self._globals[fragment]
-        wanted = target.version - version
-        if wanted < 0 or wanted > len(target.updates):
+        count = target.version - version
+        if count < 0 or count > len(target.updates):
             return None
-        return list(target.updates)[len(target.updates) - wanted :]
+        wanted = list(target.updates)[len(target.updates) - count :]
+        if count > 1 and sum(u.nbytes for u in wanted) >= target.snapshot_bytes:
+            return None
+        return wanted
 
     def pin(self, fragment: int) -> Snapshot:
         """The fragment as it is now, held still until `unpin`."""
@@ -219,12 +264,13 @@ def snapshot_item(snapshot: Snapshot, skip: int) -> pb.Item:
 
 
 def _empty_state(fragment: Fragment, settings: OuterSettings) -> FragmentState:
-    theta = np.zeros(fragment.length, np.float32)
+    def zeros() -> Floats:
+        return np.zeros(fragment.length, np.float32)
+
     if fragment.role is Role.FROZEN:
-        nothing = np.zeros(0, np.float32)
-        return FragmentState(theta, None, nothing)
-    momentum = np.zeros(fragment.length, np.float32) if settings.optimizer == "nesterov" else None
-    return FragmentState(theta, momentum, np.zeros(fragment.length, np.float32))
+        return FragmentState(zeros(), None, np.zeros(0, np.float32))
+    momentum = None if settings.optimizer == "sgd" else zeros()
+    return FragmentState(zeros(), momentum, zeros(), zeros() if settings.optimizer == DELAYED else None)
 
 
 def _zero_update(fragment: Fragment, fmt: Format) -> Encoded:

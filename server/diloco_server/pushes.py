@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Format, decode_fragment
+from diloco_proto.codec import Format, decode_fragment, kernels
 from diloco_proto.errors import InvalidContribution
-from diloco_proto.manifest import Fragment, Layout
+from diloco_proto.manifest import Fragment, Layout, Role
 
-from .assembly import Assembly, Place, frame_places
+from .assembly import Assembly, Place, Work, frame_places
 from .parameters import Seed, prepare_seed
 from .rounds import Key
 
@@ -48,11 +49,25 @@ class Ticket:
     def places(self) -> tuple[Place, ...]:
         return self.announced.places
 
-    def seed(self) -> Seed | None:
-        """What a seed that is complete has brought. Heavy; any thread may run it. Raises NonFiniteParameter."""
-        if self.header.purpose != pb.PURPOSE_SEED or not self.assembly.complete:
+    def prepare(self) -> Seed | float | None:
+        """What is to be computed from a push that is complete: the seed, or a contribution's L2 norm.
+
+        None while it is not. Heavy; any thread may run it. Raises NonFiniteParameter.
+        """
+        if not self.assembly.complete:
             return None
-        return prepare_seed(self.assembly.fragment, decode_fragment(self.assembly.encoded()))
+        encoded = self.assembly.encoded()
+        if self.header.purpose == pb.PURPOSE_SEED:
+            return prepare_seed(self.assembly.fragment, decode_fragment(encoded))
+        return math.sqrt(kernels.sum_of_squares(encoded.format, encoded.scales, encoded.codes))
+
+
+@dataclass(slots=True)
+class _Filling:
+    """An assembly, and the generation of the process that it comes from."""
+
+    generation: int
+    assembly: Assembly
 
 
 class Pushes:
@@ -61,12 +76,12 @@ class Pushes:
     def __init__(self, layout: Layout, uplink: Format) -> None:
         self._layout = layout
         self._uplink = uplink
-        self._assemblies: dict[Key, Assembly] = {}
+        self._assemblies: dict[Key, _Filling] = {}
 
     def read(self, header: pb.PushHeader) -> Announcement:
         """Check a header. Raises InvalidContribution, naming the worker and what it should have sent."""
         fragment = self._fragment(header)
-        fmt = self._format(header)
+        fmt = self._format(header, fragment)
         parts = [(p.first_block, p.num_blocks) for p in header.parts]
         return Announcement(header, fragment, fmt, tuple(frame_places(fragment, fmt, parts, header.frame_digests)))
 
@@ -76,31 +91,34 @@ class Pushes:
         Raises InvalidContribution when the streams of one contribution disagree on the work behind it.
         """
         header, key = announced.header, announced.key
-        assembly = self._assemblies.get(key)
+        filling = self._assemblies.get(key)
+        assembly = filling.assembly if filling is not None and filling.generation == header.generation else None
         if assembly is None or not assembly.claim(announced.places):
-            # Nothing incomplete was ever acknowledged: a worker that starts over may bring other bytes.
-            assembly = Assembly(announced.fragment, announced.format, tokens=header.tokens, steps=header.steps)
+            # Nothing incomplete was ever acknowledged: a worker that starts over may bring other bytes. Nor may parts
+            # of two processes be mixed.
+            assembly = Assembly(announced.fragment, announced.format, Work.of(header))
             fits = assembly.claim(announced.places)
             assert fits, "the frames of one stream do not overlap"
-            self._assemblies[key] = assembly
-        elif (assembly.tokens, assembly.steps) != (header.tokens, header.steps):
+            self._assemblies[key] = _Filling(header.generation, assembly)
+        elif assembly.work != Work.of(header):
             raise InvalidContribution(
-                f"worker {key.worker_id!r}, fragment {key.fragment}: one part says {assembly.tokens} tokens and "
-                f"{assembly.steps} steps, another {header.tokens} and {header.steps}; all parts must say the same"
+                f"worker {key.worker_id!r}, fragment {key.fragment}: one part says {assembly.work}, another "
+                f"{Work.of(header)}; all parts must say the same"
             )
         return Ticket(announced, assembly)
 
     def holds(self, ticket: Ticket) -> bool:
         """Whether the ticket's assembly is still the one that counts under its key."""
-        return self._assemblies.get(ticket.announced.key) is ticket.assembly
+        filling = self._assemblies.get(ticket.announced.key)
+        return filling is not None and filling.assembly is ticket.assembly
 
     def take(self, ticket: Ticket) -> None:
         """The assembly is complete and leaves."""
         del self._assemblies[ticket.announced.key]
 
-    def drop_round(self, fragment: int, base_version: int) -> None:
-        """The round is over: what was not complete by then is of no use."""
-        gone = [k for k in self._assemblies if (k.fragment, k.base_version) == (fragment, base_version)]
+    def drop_older(self, fragment: int, version: int) -> None:
+        """What is against an older base, and was not complete by now, is of no use."""
+        gone = [k for k in self._assemblies if k.fragment == fragment and k.base_version < version]
         for key in gone:
             del self._assemblies[key]
 
@@ -116,17 +134,24 @@ class Pushes:
         elif header.purpose == pb.PURPOSE_CONTRIBUTION:
             if header.tokens < 1 or header.steps < 1:
                 raise InvalidContribution(f"{who} pushed a contribution without any step or token behind it")
-            count = self._layout.num_trained
+            if header.since_version > header.base_version:
+                raise InvalidContribution(
+                    f"{who} pushed steps taken since version {header.since_version} of fragment {header.fragment} "
+                    f"against the older version {header.base_version}"
+                )
+            count = self._layout.num_scheduled
         else:
             raise InvalidContribution(f"{who} pushed with unknown purpose {header.purpose}")
         if header.fragment >= count:
             raise InvalidContribution(f"{who} pushed fragment {header.fragment}; this run has {count}")
         return self._layout.fragments[header.fragment]
 
-    def _format(self, header: pb.PushHeader) -> Format:
-        wanted = Format.FP32 if header.purpose == pb.PURPOSE_SEED else self._uplink
+    def _format(self, header: pb.PushHeader, fragment: Fragment) -> Format:
+        exact = header.purpose == pb.PURPOSE_SEED or fragment.role is Role.BUFFER
+        wanted = Format.FP32 if exact else self._uplink
         if int(header.codec) != wanted:
             raise InvalidContribution(
-                f"worker {header.worker_id!r} pushed codec {header.codec}; this run takes {wanted.label}"
+                f"worker {header.worker_id!r} pushed codec {header.codec} for fragment {fragment.index}; this run "
+                f"takes {wanted.label}"
             )
         return wanted

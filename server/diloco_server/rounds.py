@@ -1,20 +1,23 @@
 """Rounds: which contributions make one outer step of a fragment, and when. Pure: time is passed in, in seconds.
 
-A round takes a fragment from version v to v + 1. It closes when every expected worker has contributed or is
-gone, or when the quorum has contributed and the grace has passed. Its result depends on the set of
-contributions alone: members are sorted by worker id, whatever the order of arrival.
+A round takes a fragment from version v to v + 1. A synchronous one closes when every expected worker has
+contributed or is gone, or when the quorum has contributed and the grace has passed. Its result depends on the set
+of contributions alone: members are sorted by worker id, whatever the order of arrival. An asynchronous one closes
+with its first contribution, which may be against an older version; those that arrive meanwhile are next.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from statistics import median
 
 from diloco_proto.codec.formats import Encoded
 from diloco_proto.errors import InvalidContribution
+
+from .weights import Weights
 
 MIN_AUTO_GRACE = 2.0
 """Seconds; below it the jitter of healthy workers would cost them their contributions."""
@@ -23,9 +26,6 @@ KEPT_RECORDS = 64
 """Rounds of each fragment that are remembered for status."""
 
 KEPT_TIMES = 16
-
-MAX_WEIGHT = 2.0
-"""Times the median of a round: a worker that comes back after long must not take the run over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Key:
     worker_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
     """One worker's outer gradient for one fragment against one base version, complete."""
 
@@ -47,10 +47,11 @@ class Contribution:
     payload: Encoded
     tokens: int
     steps: int
-
-    @property
-    def weight(self) -> int:
-        return self.tokens
+    since_version: int
+    """The fragment's version when the oldest of those steps was taken."""
+    norm: float
+    """L2 norm of the payload."""
+    arrived: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class Counted:
 
     key: Key
     frames: dict[int, int]
+    version: int
+    """The version that its round led to."""
 
 
 class Stage(Enum):
@@ -72,16 +75,36 @@ class Stage(Enum):
     CONFLICT = auto()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundMember:
+    """One counted contribution, as the record of its round keeps it."""
+
+    worker_id: str
+    weight: float
+    """Share of the mean; of an asynchronous step, its weight relative to the usual one."""
+    norm: float
+    scale: float
+    waited_seconds: float
+    """From its arrival to the close."""
+    tokens: int
+    steps: int
+    staleness: int
+
+
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """A round that is over, kept for repeated pushes and for status."""
+    """A round that is over, kept for status."""
 
     version: int
     """The version it led to."""
-    weights: dict[str, float]
-    """Worker id -> share of the mean, for each that was counted."""
-    expected: frozenset[str]
+    members: tuple[RoundMember, ...]
+    missed: tuple[str, ...]
+    """Workers that were expected to the end and are not in it."""
     open_seconds: float
+
+    @property
+    def counted(self) -> frozenset[str]:
+        return frozenset(m.worker_id for m in self.members)
 
 
 @dataclass(slots=True)
@@ -104,37 +127,53 @@ class Round:
         return self.expected - self.contributions.keys()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
-    """The decision to close a round: its members in worker order."""
+    """The decision to close a round: its members in worker order, and how each enters the outer step."""
 
     fragment: int
     base_version: int
     contributions: tuple[Contribution, ...]
     weights: tuple[float, ...]
+    scales: tuple[float, ...]
+    closed_at: float
+    delay: int = 1
+    """Contributions that make one step of delayed Nesterov, should a new one begin here."""
 
 
 class Rounds:
-    """The rounds of all trained fragments of a run.
+    """The rounds of all scheduled fragments of a run.
 
-    `grace` is seconds (may be inf), or None for auto; `uniform` weighs all contributions alike.
+    `grace` is seconds (may be inf), or None for auto. `weights` has one entry a fragment.
     """
 
-    def __init__(self, num_fragments: int, *, min_workers: int, grace: float | None, uniform: bool) -> None:
+    def __init__(
+        self, weights: list[Weights], *, min_workers: int, grace: float | None, asynchronous: bool = False
+    ) -> None:
+        count = len(weights)
         self._grace = grace
-        self._uniform = uniform
-        self._open: list[Round | None] = [None] * num_fragments
+        self._weights = weights
+        self._asynchronous = asynchronous
+        self._open: list[Round | None] = [None] * count
+        self._next: list[dict[str, Contribution]] = [{} for _ in range(count)]
+        """Asynchronous: what arrived while a round was closing."""
         self._fill_times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._open_times: deque[float] = deque(maxlen=KEPT_TIMES)
-        self._last_counted: list[dict[str, Counted]] = [{} for _ in range(num_fragments)]
-        self.records: list[deque[RoundRecord]] = [deque(maxlen=KEPT_RECORDS) for _ in range(num_fragments)]
-        self.floor = min_workers
+        self._last_counted: list[dict[str, Counted]] = [{} for _ in range(count)]
+        self.records: list[deque[RoundRecord]] = [deque(maxlen=KEPT_RECORDS) for _ in range(count)]
+        self.floor = 1 if asynchronous else min_workers
         """Contributions without which no round closes; the run lowers it as workers end."""
+        self.staleness_limit = 0
+        """Versions that a contribution's base may lag behind."""
 
     def open(self, fragment: int, version: int, expected: Iterable[str], now: float) -> None:
         """Open the round version -> version + 1; `expected` are the live, ready workers of this moment."""
         assert self._open[fragment] is None
-        self._open[fragment] = Round(version, set(expected), now)
+        current = self._open[fragment] = Round(version, set() if self._asynchronous else set(expected), now)
+        waiting = self._next[fragment]
+        if waiting:
+            first = next(iter(waiting))
+            self._take(current, waiting.pop(first), now)
 
     def round(self, fragment: int) -> Round | None:
         return self._open[fragment]
@@ -152,18 +191,20 @@ class Rounds:
                 f"worker {key.worker_id!r} pushed fragment {key.fragment} against version {key.base_version}, "
                 f"but the newest is {current.version}"
             )
-        if key.base_version < current.version:
-            return self._past(key, frames)
-        held = current.contributions.get(key.worker_id)
-        if held is not None:
-            return Stage.ALREADY_HAVE if frames.items() <= held.frames.items() else Stage.CONFLICT
-        return Stage.CLOSED if current.closing else None
-
-    def _past(self, key: Key, frames: dict[int, int]) -> Stage:
+        for held in (current.contributions.get(key.worker_id), self._next[key.fragment].get(key.worker_id)):
+            if held is not None and (held.key == key or self._asynchronous):
+                same = held.key == key and frames.items() <= held.frames.items()
+                return Stage.ALREADY_HAVE if same else Stage.CONFLICT
         last = self._last_counted[key.fragment].get(key.worker_id)
-        if last is None or last.key.base_version != key.base_version:
+        if last is not None and last.key == key:
+            return Stage.COUNTED if frames.items() <= last.frames.items() else Stage.CONFLICT
+        if key.base_version < current.version - self.staleness_limit:
             return Stage.CLOSED
-        return Stage.COUNTED if frames.items() <= last.frames.items() else Stage.CONFLICT
+        if last is not None and key.base_version < last.version:
+            return (
+                Stage.CLOSED
+            )  # its base does not have this worker's last counted steps yet: it would bring them again
+        return Stage.CLOSED if current.closing and not self._asynchronous else None
 
     def stage(self, contribution: Contribution, now: float) -> Stage:
         """Take a complete contribution into the open round, or say why not."""
@@ -173,12 +214,19 @@ class Rounds:
             return known
         current = self._open[key.fragment]
         assert current is not None
-        current.contributions[key.worker_id] = contribution
+        if current.closing or (self._asynchronous and current.contributions):
+            self._next[key.fragment][key.worker_id] = contribution
+        else:
+            self._take(current, contribution, now)
+        return Stage.STAGED
+
+    def _take(self, current: Round, contribution: Contribution, now: float) -> None:
+        current.contributions[contribution.key.worker_id] = contribution
+        current.told_stuck = False  # this worker has not heard it
         if current.first_at is None:
             current.first_at = now
         current.last_at = now
         self._note_quorum(current, now)
-        return Stage.STAGED
 
     def no_longer_expected(self, worker_id: str, now: float) -> None:
         """The worker died, left or is finishing: nobody waits for it; what it staged stays."""
@@ -187,25 +235,49 @@ class Rounds:
                 current.expected.discard(worker_id)
                 self._note_quorum(current, now)
 
-    def due(self, now: float) -> list[Close]:
-        """Rounds to close now. Each is returned once; `committed` must follow."""
+    def due(self, now: float, delay: int = 1) -> list[Close]:
+        """Rounds to close now. Each is returned once; `committed` must follow. `delay` goes into each Close."""
         closes = []
         for fragment, current in enumerate(self._open):
             if current is not None and self._is_due(current, now):
                 current.closing = True
-                members = tuple(current.contributions[w] for w in sorted(current.contributions))
-                closes.append(Close(fragment, current.version, members, self._weights(members)))
+                closes.append(self._close(fragment, current, now, delay))
         return closes
 
-    def _weights(self, members: Sequence[Contribution]) -> tuple[float, ...]:
-        if self._uniform:
-            return (1.0,) * len(members)
-        cap = MAX_WEIGHT * median(c.weight for c in members)
-        return tuple(min(float(c.weight), cap) for c in members)
+    def _close(self, fragment: int, current: Round, now: float, delay: int) -> Close:
+        members = tuple(current.contributions[w] for w in sorted(current.contributions))
+        weights = self._weights[fragment]
+        if self._asynchronous:
+            each: tuple[float, ...] = (weights.of_step(members[0], current.version),)
+        else:
+            each = weights.of_round(members)
+        return Close(
+            fragment=fragment,
+            base_version=current.version,
+            contributions=members,
+            weights=each,
+            scales=weights.scales(members),
+            closed_at=now,
+            delay=delay,
+        )
 
     def holds(self, worker_id: str) -> bool:
         """A contribution of the worker waits in an open round."""
         return any(current is not None and worker_id in current.contributions for current in self._open)
+
+    def in_circle(self) -> set[str]:
+        """Workers whose contributions wait in rounds that wait for each other: none of them may go on by itself.
+
+        Workers that were out of reach for a while can be at different fragments of a period. Each then waits for the
+        fate of a contribution in a round that waits for the other's.
+        """
+        waiting = [r for r in self._open if r is not None and not r.closing and r.missing]
+        while True:
+            held = {w for r in waiting for w in r.contributions}
+            still = [r for r in waiting if r.missing & held]
+            if len(still) == len(waiting):
+                return {w for r in waiting for w in r.missing & held}
+            waiting = still
 
     @property
     def usual_seconds(self) -> float | None:
@@ -250,23 +322,37 @@ class Rounds:
         if not current.missing and current.first_at is not None and current.last_at is not None:
             self._fill_times.append(current.last_at - current.first_at)
         self._open_times.append(now - current.opened_at)
-        total = sum(close.weights)
-        record = RoundRecord(
-            version=close.base_version + 1,
-            weights={c.key.worker_id: w / total for c, w in zip(close.contributions, close.weights, strict=True)},
-            expected=frozenset(current.expected),
-            open_seconds=now - current.opened_at,
-        )
+        record = self._record(close, current, now)
         self.records[close.fragment].append(record)
+        self._weights[close.fragment].counted(close.contributions, close.scales)
         for c in close.contributions:
-            self._last_counted[close.fragment][c.key.worker_id] = Counted(c.key, c.frames)
+            counted = Counted(c.key, c.frames, close.base_version + 1)
+            self._last_counted[close.fragment][c.key.worker_id] = counted
         self._open[close.fragment] = None
         return record
+
+    def _record(self, close: Close, current: Round, now: float) -> RoundRecord:
+        total = 1.0 if self._asynchronous else sum(close.weights)
+        members = tuple(
+            RoundMember(
+                worker_id=c.key.worker_id,
+                weight=weight / total,
+                norm=c.norm,
+                scale=scale,
+                waited_seconds=close.closed_at - c.arrived,
+                tokens=c.tokens,
+                steps=c.steps,
+                staleness=close.base_version - min(c.since_version, close.base_version),
+            )
+            for c, weight, scale in zip(close.contributions, close.weights, close.scales, strict=True)
+        )
+        missed = current.expected - {m.worker_id for m in members}
+        return RoundRecord(close.base_version + 1, members, tuple(sorted(missed)), now - current.opened_at)
 
     @property
     def idle(self) -> bool:
         """No contribution is waiting anywhere."""
-        return all(current is None or not current.contributions for current in self._open)
+        return all(current is None or not current.contributions for current in self._open) and not any(self._next)
 
     def _note_quorum(self, current: Round, now: float) -> None:
         quorum = max(self.floor, -(-len(current.expected) // 2))

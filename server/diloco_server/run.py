@@ -6,64 +6,36 @@ calls `due`, `commit` (heavy, in a thread) and `publish` in turn.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from dataclasses import dataclass
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PROTOCOL_VERSION
-from diloco_proto.errors import (
-    InvalidContribution,
-    ManifestMismatch,
-    NonFiniteParameter,
-    NotReady,
-    ProtocolMismatch,
-    RunMismatch,
-)
-from diloco_proto.manifest import Layout, Manifest, build_layout
+from diloco_proto.errors import InvalidContribution, ManifestMismatch, NotReady, ProtocolMismatch, RunMismatch
+from diloco_proto.manifest import Layout, Manifest
 from diloco_proto.wire import manifest_from_pb
 
 from .checkpoint import InitialParameters
 from .config import RunConfig
 from .members import Member, Members, MemberState
-from .parameters import Parameters, Seed, Update, prepare_seed
-from .pushes import Pushes, Ticket
-from .rounds import Close, Contribution, Rounds, Stage
+from .model import Committed, Model
+from .pace import new_paces
+from .parameters import Parameters, Seed
+from .pushes import Ticket
+from .rounds import Close, Rounds
 
 log = logging.getLogger("diloco.server")
 
 HANG_ROUNDS = 3.0
 """Times the usual length of a round without a step: then a worker's training hangs, though its heart beats."""
 
-_OUTCOME = {
-    Stage.STAGED: pb.OUTCOME_STAGED,
-    Stage.ALREADY_HAVE: pb.OUTCOME_ALREADY_HAVE,
-    Stage.COUNTED: pb.OUTCOME_COUNTED,
-    Stage.CLOSED: pb.OUTCOME_CLOSED,
-    Stage.CONFLICT: pb.OUTCOME_CONFLICT,
-}
+STOOD_STILL = 0.5
+"""Of the lease: when `tick` was not called for so long the server itself stood still, not the workers."""
 
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """A close whose outer step was computed, to be published."""
-
-    close: Close
-    update: Update
-
-
-@dataclass(slots=True)
-class _Model:
-    """What exists once the first worker has brought its manifest."""
-
-    manifest: Manifest
-    layout: Layout
-    parameters: Parameters
-    rounds: Rounds
-    pushes: Pushes
+TICK_SHARE = 0.2
+"""Of the lease: how often `tick` wants to be called while there are workers."""
 
 
 class Run:
@@ -72,18 +44,17 @@ class Run:
     def __init__(self, config: RunConfig, init: InitialParameters | None = None) -> None:
         self.config = config
         self.run_id = secrets.token_hex(8)
-        self.members = Members(config.lease_seconds)
+        self.members = Members(config.lease_seconds, shards=config.min_workers)
         self.outbox: list[tuple[str, pb.SessionEvent]] = []
-        self.seeded = False
         self.opened = False
         self.rounds_committed = 0
+        self.stopped = ""
+        """Why the run has reached its end; empty while it has not."""
         self._init = init
-        self._model: _Model | None = None
-        self._seeder: tuple[str, int] | None = None
-        """Id and generation of the worker that was last asked for the parameters."""
-        self._unseeded: set[int] = set()
+        self._model: Model | None = None
         self._barriers = 0
         """How often all workers have finished together."""
+        self._ticked: float | None = None
 
     # -- what the run is --
 
@@ -103,7 +74,17 @@ class Run:
     def manifest(self) -> Manifest | None:
         return self._model.manifest if self._model else None
 
-    def _must_have_model(self) -> _Model:
+    @property
+    def seeded(self) -> bool:
+        """The run has parameters."""
+        return self._model is not None and self._model.seeding.done
+
+    @property
+    def tokens(self) -> int:
+        """Tokens behind what every fragment has counted."""
+        return self._model.tokens if self._model else 0
+
+    def _must_have_model(self) -> Model:
         if self._model is None:
             raise NotReady("no worker has joined this run yet, so it has no model")
         return self._model
@@ -145,37 +126,29 @@ class Run:
         difference = model.manifest.first_difference(manifest)
         if difference:
             raise ManifestMismatch(f"worker {hello.worker_id!r} has another model than this run: {difference}")
+        shards = self.members.shards
         member = self.members.hello(hello.worker_id, hello.generation, now)
         if member.state is MemberState.JOINING:
             # A new process under a known id: nobody waits for what its predecessor still owed.
             model.rounds.no_longer_expected(member.worker_id, now)
         self._tell(member, welcome=self._welcome(model))
+        if self.members.shards != shards:
+            self._tell_all(self._tell_shard)
+        else:
+            self._tell_shard(member)
         self._appoint_seeder(member)
         return member
 
-    def _adopt(self, manifest: Manifest) -> _Model:
+    def _adopt(self, manifest: Manifest) -> Model:
         """The run's model: the first worker's, or that of the next one if all are gone before it is seeded."""
         current = self._model
         if current is not None and (self.seeded or self.members.live() or current.manifest == manifest):
             return current
-        config = self.config
-        layout = build_layout(manifest, config.num_fragments, config.pattern)
-        rounds = Rounds(
-            layout.num_trained,
-            min_workers=config.min_workers,
-            grace=config.grace,
-            uniform=config.weighting == "uniform",
-        )
-        parameters = Parameters(layout, config.outer_settings())
-        if self._init is not None:
-            _seed_from(self._init, manifest, layout, parameters)
-            self._init = None
-            self.seeded = True
-        self._model = _Model(manifest, layout, parameters, rounds, Pushes(layout, config.uplink))
-        self._seeder = None
+        self._model = Model(self.config, manifest, self._init)
+        self._init = None
         return self._model
 
-    def _welcome(self, model: _Model) -> pb.Welcome:
+    def _welcome(self, model: Model) -> pb.Welcome:
         return pb.Welcome(
             run_id=self.run_id,
             settings=self.config.to_pb(),
@@ -186,28 +159,31 @@ class Run:
         )
 
     def _appoint_seeder(self, arrived: Member | None = None) -> None:
-        """Ask one live worker for the initial parameters: another one if it is gone, again if it came back."""
-        live = self.members.live()
-        if self.seeded or not live:
-            return
-        seeder = next((m for m in live if self._seeder and m.worker_id == self._seeder[0]), None)
-        if seeder is not None and seeder is not arrived:
-            return
-        seeder = seeder or live[0]
-        if self._seeder != (seeder.worker_id, seeder.generation):
-            # Another process holds other parameters: nothing of its predecessor's may be mixed with them.
-            self._seeder = (seeder.worker_id, seeder.generation)
-            self._unseeded = set(range(len(self.layout.fragments)))
-            self._must_have_model().pushes.clear()
-        self._tell(seeder, seed_wanted=pb.SeedWanted())
+        model = self._must_have_model()
+        seeder, afresh = model.seeding.appoint(self.members.live(), arrived)
+        if afresh:
+            model.pushes.clear()
+        if seeder is not None:
+            self._tell(seeder, seed_wanted=pb.SeedWanted())
 
-    def _mark_seeded(self, fragment: int) -> None:
-        self._unseeded.discard(fragment)
-        if not self._unseeded:
-            self.seeded = True
-            self._must_have_model().pushes.clear()
-            for member in self.members.live():
-                self._tell(member, seeded=pb.Seeded(versions=self.parameters.versions()))
+    def hear(self, worker_id: str, generation: int, request: pb.SessionRequest, now: float) -> None:
+        """A message of a worker's session, after its hello.
+
+        Raises NotMember or Superseded: its lease may have run out, or a newer process taken over, since the last.
+        """
+        member = self.members.get(worker_id, generation)
+        match request.WhichOneof("body"):
+            case "heartbeat":
+                member.hears(request.heartbeat, now)
+            case "ready":
+                self.ready(member, now)
+            case "finishing":
+                self.finishing(member, now)
+            case "finished":
+                self.finished(member, request.finished.flush, now)
+            case "leave":
+                log.info("worker %r left: %s", worker_id, request.leave.reason or "done")
+                self.leave(member, now)
 
     def ready(self, member: Member, now: float) -> None:
         """The worker holds theta: it trains as soon as the run is open, and is expected in rounds opened later."""
@@ -216,17 +192,23 @@ class Run:
         member.state = MemberState.READY
         member.moves(now)
         member.done = False
+        if member.sync_every == 0:
+            member.sync_every = self.config.sync_every
+        elif self.config.dynamic_local_updates:
+            self._tell(member, pace=pb.Pace(sync_every=member.sync_every))
         self._set_floor()
+        if self.stopped:
+            self._tell(member, stop=pb.Stop(reason=self.stopped))
         if self.opened:
-            self._tell(member, opened=pb.Opened(start_step=self.step()))
+            self._tell(member, opened=pb.Opened(start_step=self._step(member)))
             self.rounds.tell_again()
             return
         ready = self.members.in_state(MemberState.READY)
-        if len(ready) < self.rounds.floor:
+        if len(ready) < self._needed():
             self._tell_waiting(ready)
             return
         self.opened = True
-        for fragment in range(self.layout.num_trained):
+        for fragment in range(self.layout.num_scheduled):
             self._open_round(fragment, now)
         for other in ready:
             other.moves(now)
@@ -234,21 +216,22 @@ class Run:
 
     def _tell_waiting(self, members: Iterable[Member]) -> None:
         """Tell these workers that no round closes until more have joined."""
-        ready, needed = len(self.members.in_state(MemberState.READY)), self.rounds.floor
-        log.warning("%d of %d workers are here: no round closes until more have joined", ready, needed)
+        ready, needed = len(self.members.in_state(MemberState.READY)), self._needed()
+        if ready < needed:
+            log.warning("%d of %d workers are here: no round closes until more have joined", ready, needed)
+        else:
+            log.info("a round has fewer than its %d contributions: those in it train on without waiting", needed)
         for member in members:
             self._tell(member, waiting=pb.Waiting(ready=ready, needed=needed))
 
-    def step(self) -> int:
-        """The run's current inner step: that of the furthest worker, live ones first."""
-        steps = [m.last.step for m in self.members.in_state(MemberState.READY)]
-        return max(steps or [m.last.step for m in self.members.all()], default=0)
-
-    def heartbeat(self, member: Member, beat: pb.Heartbeat, now: float) -> None:
-        member.seen = now
-        if beat.step > member.last.step:
-            member.moves(now)
-        member.last = beat
+    def _step(self, joiner: Member) -> int:
+        """The run's current inner step, for a worker that joins: that of the furthest of the others who train, else as
+        far as anybody is known to have come."""
+        training = [m.last.step for m in self.members.in_state(MemberState.READY) if m is not joiner]
+        known = [m.last.step for m in self.members.all()]
+        if not self.config.asynchronous:  # there versions are no rounds
+            known.append(self._must_have_model().complete_rounds * self.config.sync_every)
+        return max(training or known)
 
     def finishing(self, member: Member, now: float) -> None:
         self._set_state(member, MemberState.FINISHING, now)
@@ -261,14 +244,22 @@ class Run:
         if member.barrier <= self._barriers:
             self._tell_finished(member)
 
+    def cut(self, member: Member, now: float) -> None:
+        """The worker's connection broke: if it does not come back soon it is gone."""
+        member.cut_at = now
+
     def leave(self, member: Member, now: float) -> None:
         """The worker is gone, by its own word or because its lease ran out."""
         self._set_state(member, MemberState.GONE, now)
-        if not self.seeded:
+        if self._model is not None:
             self._appoint_seeder()
 
     def tick(self, now: float) -> None:
         """Let time pass: leases run out, and the patience with workers that beat without training."""
+        gap = 0.0 if self._ticked is None else now - self._ticked
+        if gap > STOOD_STILL * self.config.lease_seconds:
+            self.members.excuse(gap, now)
+        self._ticked = now
         for member in self.members.expired(now):
             log.warning(
                 "worker %r was silent for %.0f s and is no longer expected",
@@ -290,39 +281,45 @@ class Run:
         """When `tick` and `due` have something to do even if nothing arrives."""
         grace = self._model.rounds.next_deadline() if self._model else None
         times = [self.members.next_expiry(), grace, *(deadline for _, deadline in self._may_hang())]
+        if self._ticked is not None and self.members.live():
+            times.append(self._ticked + TICK_SHARE * self.config.lease_seconds)
         return min((t for t in times if t is not None), default=None)
 
     def _may_hang(self) -> list[tuple[Member, float]]:
         """The workers whose next step is awaited, and when they are taken to hang.
 
-        Not those of which a contribution waits in a round: they may be waiting for its fate.
+        Not those of which a contribution waits in a round: they may be waiting for its fate. But when rounds wait
+        for each other in a circle, somebody has to be given up.
         """
-        usual = self._model.rounds.usual_seconds if self._model else None
-        if usual is None:
+        if self._model is None or self.config.asynchronous:
             return []
-        patience = max(HANG_ROUNDS * usual, self.config.lease_seconds)
+        usual, circle = self.rounds.usual_seconds, self.rounds.in_circle()
+        patience = max(HANG_ROUNDS * (usual or 0.0), self.config.lease_seconds)
         return [
             (m, m.moved + patience)
             for m in self.members.in_state(MemberState.READY)
-            if not m.hung and not self.rounds.holds(m.worker_id)
+            if not m.hung and (m.worker_id in circle or (usual is not None and not self.rounds.holds(m.worker_id)))
         ]
 
     def _set_state(self, member: Member, state: MemberState, now: float) -> None:
         member.state = state
         member.done = member.done or state in (MemberState.FINISHING, MemberState.FINISHED)
+        self._set_floor()
         if self._model is not None:
-            self._set_floor()
             self._model.rounds.no_longer_expected(member.worker_id, now)
 
-    def _set_floor(self) -> None:
-        """`min_workers` is the floor of a round, less those that ended by finishing; death does not lower it.
+    def _needed(self) -> int:
+        """`min_workers` less those that ended by finishing, at least 1; death does not lower it."""
+        return max(1, self.config.min_workers - sum(m.done for m in self.members.all()))
 
-        When nobody but finishing workers is left their last contributions count, however few.
-        """
+    def _set_floor(self) -> None:
+        """The floor of a round: when nobody but finishing workers is left their last contributions count, however
+        few. An asynchronous round needs one."""
         live = self.members.live()
         ending = bool(live) and all(m.state in (MemberState.FINISHING, MemberState.FINISHED) for m in live)
-        done = sum(m.done for m in self.members.all())
-        self.rounds.floor = 1 if ending else max(1, self.config.min_workers - done)
+        if self._model is not None:
+            self._model.rounds.floor = 1 if ending or self.config.asynchronous else self._needed()
+            self._model.rounds.staleness_limit = self.config.staleness_limit(len(live))
 
     # -- pushes --
 
@@ -333,46 +330,21 @@ class Run:
         """
         self.check_run_id(header.run_id)
         self.members.get(header.worker_id, header.generation)
-        seed = header.purpose == pb.PURPOSE_SEED
-        if seed and (self.seeded or (header.worker_id, header.generation) != self._seeder):
-            return pb.Outcome(kind=pb.OUTCOME_ALREADY_HAVE, detail="this worker's seed is not needed")
-        pushes = self._must_have_model().pushes
-        announced = pushes.read(header)
-        if not seed:
-            known = self.rounds.seen_before(announced.key, announced.frames)
-            if known is not None:
-                return self._outcome(known, announced.fragment.index)
-        return pushes.claim(announced)
+        return self._must_have_model().begin_push(header, len(self.members.live()))
 
-    def finish_push(self, ticket: Ticket, now: float, seed: Seed | None = None) -> pb.Outcome:
-        """All frames of the stream are in; `seed` is `ticket.seed()`, if it was called beforehand.
+    def finish_push(self, ticket: Ticket, now: float, prepared: Seed | float | None = None) -> pb.Outcome:
+        """All frames of the stream are in; `prepared` is `ticket.prepare()`, if it was called beforehand.
 
         Raises NotMember, Superseded or NonFiniteParameter.
         """
-        header, key, assembly = ticket.header, ticket.announced.key, ticket.assembly
-        member = self.members.get(header.worker_id, header.generation)
-        pushes = self._must_have_model().pushes
-        if not pushes.holds(ticket):
-            # Another stream completed it, or began anew with other bytes.
-            if header.purpose == pb.PURPOSE_SEED:
-                return pb.Outcome(kind=pb.OUTCOME_ALREADY_HAVE)
-            known = self.rounds.seen_before(key, ticket.announced.frames)
-            return self._outcome(known or Stage.CONFLICT, key.fragment)
-        if not assembly.complete:
-            return pb.Outcome(kind=pb.OUTCOME_PART_HELD, version=header.base_version)
-        pushes.take(ticket)
-        if header.purpose == pb.PURPOSE_SEED:
-            seed = seed or ticket.seed()
-            assert seed is not None
-            self.parameters.seed(key.fragment, seed)
-            self._mark_seeded(key.fragment)
-            return pb.Outcome(kind=pb.OUTCOME_SEEDED)
-        member.moves(now)
-        contribution = Contribution(key, assembly.frames, assembly.encoded(), assembly.tokens, assembly.steps)
-        return self._outcome(self.rounds.stage(contribution, now), key.fragment)
-
-    def _outcome(self, stage: Stage, fragment: int) -> pb.Outcome:
-        return pb.Outcome(kind=_OUTCOME[stage], version=self.parameters.version(fragment))
+        member = self.members.get(ticket.header.worker_id, ticket.header.generation)
+        seeded = self.seeded
+        outcome = self._must_have_model().finish_push(ticket, now, prepared)
+        if outcome.kind == pb.OUTCOME_STAGED:
+            member.moves(now)
+        if self.seeded and not seeded:
+            self._tell_all(lambda m: self._tell(m, seeded=pb.Seeded(versions=self.parameters.versions())))
+        return outcome
 
     # -- rounds --
 
@@ -383,45 +355,41 @@ class Run:
         for waiting in self._model.rounds.stuck():
             # They must not wait for a fate that may never come: a newcomer would not find them training.
             self._tell_waiting([m for m in self.members.live() if m.worker_id in waiting])
-        return self._model.rounds.due(now)
+        return self._model.rounds.due(now, self.config.buffered(len(self.members.live())))
 
     def commit(self, close: Close, threads: Executor | None = None) -> Committed:
         """The outer step of a close. Heavy; touches only its own fragment's parameters, so any thread may run it."""
-        payloads = [c.payload for c in close.contributions]
-        update, counted = self.parameters.commit(close.fragment, payloads, close.weights, threads)
-        if not counted:
-            log.error(
-                "fragment %d: the contributions of %s overflow together; none was counted",
-                close.fragment,
-                ", ".join(c.key.worker_id for c in close.contributions),
-            )
-            close = dataclasses.replace(close, contributions=(), weights=())
-        return Committed(close, update)
+        return self._must_have_model().commit(close, threads)
 
     def publish(self, committed: Committed, now: float) -> None:
         """The new version is out: tell every worker its fate and open the next round."""
-        close, update = committed.close, committed.update
-        self.parameters.publish(close.fragment, update)
-        record = self.rounds.committed(close, now)
+        fragment = committed.close.fragment
+        record = self._must_have_model().publish(committed, now)
         self.rounds_committed += 1
-        self._must_have_model().pushes.drop_round(close.fragment, close.base_version)
         for member in self.members.live():
-            counted = member.worker_id in record.weights
-            if counted:
-                member.counted += 1
-                member.moves(now)  # it may have waited for this
-            elif member.worker_id in record.expected:
-                member.not_counted += 1
-            self._tell(
-                member,
-                committed=pb.Committed(
-                    fragment=close.fragment,
-                    version=update.version,
-                    fate=pb.FATE_COUNTED if counted else pb.FATE_NOT_COUNTED,
-                    digest=update.digest,
-                ),
-            )
-        self._open_round(close.fragment, now)
+            member.hears_of(record, now)
+            self._tell(member, committed=committed.event(member.worker_id, self.config.asynchronous))
+        self.rounds.tell_again()  # workers take the news for a sign that nothing is stuck any more
+        self._open_round(fragment, now)
+        if fragment == self.layout.num_trained - 1:
+            self._set_paces()
+        self._check_end()
+
+    def _set_paces(self) -> None:
+        """Between two rounds: tell workers whose speed asks for another H."""
+        if self.config.dynamic_local_updates:
+            for member, pace in new_paces(self.members.in_state(MemberState.READY), self.config.schedule()):
+                log.info("worker %r: %d inner steps a round from now on", member.worker_id, pace)
+                member.sync_every = pace
+                self._tell(member, pace=pb.Pace(sync_every=pace))
+
+    def _check_end(self) -> None:
+        """Tell the workers once the run has had its rounds or tokens."""
+        if not self.stopped:
+            self.stopped = self._must_have_model().end()
+            if self.stopped:
+                log.warning("the run has had %s and stops", self.stopped)
+                self._tell_all(lambda m: self._tell(m, stop=pb.Stop(reason=self.stopped)))
 
     def settle_finish(self) -> None:
         """Once every live worker has finished and nothing is under way, tell them so."""
@@ -436,18 +404,16 @@ class Run:
     def _tell_finished(self, member: Member) -> None:
         self._tell(member, all_finished=pb.AllFinished(versions=self.parameters.versions()))
 
+    def _tell_shard(self, member: Member) -> None:
+        self._tell(member, shard=pb.Shard(index=member.shard, count=self.members.shards))
+
+    def _tell_all(self, tell: Callable[[Member], None]) -> None:
+        for member in self.members.live():
+            tell(member)
+
     def _open_round(self, fragment: int, now: float) -> None:
         ready = [m.worker_id for m in self.members.in_state(MemberState.READY) if not m.hung]
         self.rounds.open(fragment, self.parameters.version(fragment), ready, now)
 
     def _tell(self, member: Member, **body: object) -> None:
         self.outbox.append((member.worker_id, pb.SessionEvent(**body)))  # type: ignore[arg-type]
-
-
-def _seed_from(init: InitialParameters, manifest: Manifest, layout: Layout, parameters: Parameters) -> None:
-    init.check(manifest)
-    for fragment in layout.fragments:
-        try:
-            parameters.seed(fragment.index, prepare_seed(fragment, init.flat(fragment)))
-        except NonFiniteParameter as error:
-            raise NonFiniteParameter(f"the server's --init {init.path}: {error}") from error

@@ -96,25 +96,9 @@ class Service:
     async def _read_session(
         self, requests: AsyncIterator[pb.SessionRequest], member: Member, queue: SessionQueue
     ) -> None:
-        run, clock = self._engine.run, self._engine.clock
         try:
             async for request in requests:
-                # A lease may have run out, or a newer process taken over, since the last message.
-                run.members.get(member.worker_id, member.generation)
-                now = clock()
-                match request.WhichOneof("body"):
-                    case "heartbeat":
-                        run.heartbeat(member, request.heartbeat, now)
-                    case "ready":
-                        run.ready(member, now)
-                    case "finishing":
-                        run.finishing(member, now)
-                    case "finished":
-                        run.finished(member, request.finished.flush, now)
-                    case "leave":
-                        log.info("worker %r left: %s", member.worker_id, request.leave.reason or "done")
-                        run.leave(member, now)
-                self._engine.settle()
+                self._engine.hear(member, queue, request)
             offer(queue, None)
         except DilocoError as error:
             offer(queue, error)
@@ -216,4 +200,4 @@ class Service:
         return describe(self._engine.run)
 
     async def status(self, request: pb.StatusRequest, context: Context) -> pb.RunStatus:
-        return status(self._engine)
+        return status(self._engine, request.rounds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PROTOCOL_VERSION
 from diloco_proto.manifest import Role
@@ -9,6 +11,7 @@ from diloco_proto.wire import manifest_to_pb
 
 from .engine import Engine
 from .members import MemberState
+from .rounds import RoundRecord
 from .run import Run
 
 
@@ -25,8 +28,8 @@ def describe(run: Run) -> pb.RunDescription:
     )
 
 
-def status(engine: Engine) -> pb.RunStatus:
-    """How the run stands now."""
+def status(engine: Engine, rounds: int = 0) -> pb.RunStatus:
+    """How the run stands now, with the records of the last `rounds` rounds of each fragment."""
     run, now = engine.run, engine.clock()
     return pb.RunStatus(
         run_id=run.run_id,
@@ -45,10 +48,15 @@ def status(engine: Engine) -> pb.RunStatus:
                 counted=m.counted,
                 not_counted=m.not_counted,
                 last=m.last,
+                shard=m.shard,
+                sync_every=m.sync_every,
+                steps_per_second=m.speed.steps_per_second or 0.0,
             )
             for m in run.members.all()
         ],
-        fragments=_fragments(run, now) if run.manifest else [],
+        fragments=_fragments(run, now, rounds) if run.manifest else [],
+        tokens=run.tokens,
+        stopped=run.stopped,
     )
 
 
@@ -67,23 +75,39 @@ def _state(engine: Engine) -> str:
     return "finished" if finished else "running"
 
 
-def _fragments(run: Run, now: float) -> list[pb.FragmentStatus]:
+_KIND = {Role.TRAINED: "trained", Role.BUFFER: "buffers", Role.FROZEN: "frozen"}
+
+
+def _fragments(run: Run, now: float, rounds: int) -> list[pb.FragmentStatus]:
     result = []
     for fragment in run.layout.fragments:
         entry = pb.FragmentStatus(
             index=fragment.index,
-            kind=fragment.role.value,
+            kind=_KIND[fragment.role],
             parameters=fragment.parameters,
             version=run.parameters.version(fragment.index),
             digest=run.parameters.digest(fragment.index),
             update_bytes=run.parameters.last_update_bytes(fragment.index),
         )
-        current = run.rounds.round(fragment.index) if fragment.role is Role.TRAINED else None
+        result.append(entry)
+        if fragment.role is Role.FROZEN:
+            continue
+        current = run.rounds.round(fragment.index)
         if current is not None:
             entry.contributed.extend(sorted(current.contributions))
             entry.waiting_for.extend(sorted(current.missing))
             entry.open_seconds = now - current.opened_at
-        if fragment.role is Role.TRAINED and run.rounds.records[fragment.index]:
-            entry.round_seconds = run.rounds.records[fragment.index][-1].open_seconds
-        result.append(entry)
+        records = run.rounds.records[fragment.index]
+        if records:
+            entry.round_seconds = records[-1].open_seconds
+        entry.rounds.extend(_record(r) for r in list(records)[len(records) - min(rounds, len(records)) :])
     return result
+
+
+def _record(record: RoundRecord) -> pb.RoundStatus:
+    return pb.RoundStatus(
+        version=record.version,
+        members=[pb.RoundMember(**dataclasses.asdict(member)) for member in record.members],
+        missed=record.missed,
+        open_seconds=record.open_seconds,
+    )

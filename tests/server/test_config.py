@@ -33,6 +33,14 @@ BAD: dict[str, list[Any]] = {
     "grace_seconds": [-1.0, NAN, "soon", "", None, True, "-1"],
     "lease_seconds": [0.0, 0.9, NAN, float("inf"), "15"],
     "weighting": ["loss", None],
+    "delay_buffer": [0, -1, 2.5, "soon", None, True],
+    "error_feedback": ["yes", True, None],
+    "max_outer_grad_norm": [-1.0, NAN, float("inf"), "10"],
+    "max_staleness": [-1, 0.5, "soon", None],
+    "max_away": [0, -1, 2.5],
+    "dynamic_local_updates": [1, "on", None],
+    "stop_after_rounds": [-1, 1.0],
+    "stop_after_tokens": [-1, 1e9],
 }
 
 
@@ -84,7 +92,28 @@ def test_workers_get_what_they_have_to_know() -> None:
 def test_the_text_form_makes_the_same_config_again() -> None:
     config = RunConfig(sync_every=30, grace_seconds=1.5, weighting="uniform", outer_lr=2.0)
     types = {f.name: type(f.default) for f in dataclasses.fields(RunConfig)}
-    assert RunConfig(**{k: types[k](v) for k, v in config.as_text().items()}) == config
+    text = config.as_text()
+    values = {k: v == "true" if types[k] is bool else types[k](v) for k, v in text.items()}
+    assert RunConfig(**values) == config
+
+
+def test_coarse_uplinks_bring_error_feedback() -> None:
+    assert RunConfig(uplink_codec="int2").to_pb().error_feedback
+    assert not RunConfig().to_pb().error_feedback
+    assert RunConfig(error_feedback="on").to_pb().error_feedback
+    with pytest.raises(ConfigError, match="uplink_codec ternary needs error feedback"):
+        RunConfig(uplink_codec="ternary", error_feedback="off")
+    with pytest.raises(ConfigError, match="downlink_codec"):
+        RunConfig(downlink_codec="int2")
+
+
+def test_asynchronous_limits_follow_the_live_workers() -> None:
+    config = RunConfig(outer_optimizer="delayed-nesterov")
+    assert config.asynchronous
+    assert (config.buffered(5), config.staleness_limit(5)) == (5, 20)
+    fixed = dataclasses.replace(config, delay_buffer=3, max_staleness=2)
+    assert (fixed.buffered(5), fixed.staleness_limit(5)) == (3, 2)
+    assert RunConfig().staleness_limit(5) == 0
 
 
 def test_a_config_does_not_change() -> None:

@@ -75,3 +75,15 @@ def test_workers_that_are_gone_are_forgotten_in_the_end() -> None:
     assert members.known("stays") is stays
     assert members.known("spot-0") is None
     assert members.known(f"spot-{3 * KEPT_GONE - 1}") is not None
+
+
+def test_a_standstill_of_the_server_is_excused_up_to_now_and_no_further() -> None:
+    members = Members(15.0)
+    silent, heard = members.hello("a", 1, 0.0), members.hello("b", 1, 0.0)
+    heard.seen = 19.0  # its message was the first that the server read when it went on
+    members.excuse(12.0, 20.0)
+    assert (silent.seen, silent.moved) == (12.0, 12.0)
+    assert heard.seen == 20.0
+    silent.cut_at = 15.0
+    members.excuse(12.0, 20.0)
+    assert silent.cut_at == 20.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from diloco_proto.codec import Encoded, Format
 from diloco_proto.errors import InvalidContribution
 from diloco_server.rounds import KEPT_RECORDS, Close, Contribution, Key, Rounds, Stage
+from diloco_server.weights import Weights
 
 NOTHING = Encoded(Format.FP32, np.empty(0, np.uint8), np.empty(0, np.uint8))
 INF = float("inf")
@@ -17,14 +20,18 @@ INF = float("inf")
 
 def rounds_of(expected: str = "", *, fragments: int = 1, version: int = 0, **changes) -> Rounds:
     """Rounds opened at time 0 with one expected worker a letter."""
-    rounds = Rounds(fragments, **({"min_workers": 1, "grace": INF, "uniform": True} | changes))
+    uniform = changes.pop("uniform", True)
+    weights = [Weights(uniform=uniform, max_norm=0.0) for _ in range(fragments)]
+    rounds = Rounds(weights, **({"min_workers": 1, "grace": INF} | changes))
     for fragment in range(fragments):
         rounds.open(fragment, version, expected, 0.0)
     return rounds
 
 
-def contribution(worker: str, *, fragment: int = 0, base: int = 0, digest: int = 1, tokens: int = 1) -> Contribution:
-    return Contribution(Key(fragment, base, worker), {0: digest, 4096: digest + 1}, NOTHING, tokens, 1)
+def contribution(worker: str, *, fragment: int = 0, base: int = 0, digest: int = 1, **fields) -> Contribution:
+    settings = {"tokens": 1, "steps": 1, "since_version": 0, "norm": 1.0, "arrived": 0.0} | fields
+    key = Key(fragment, base, worker)
+    return Contribution(key=key, frames={0: digest, 4096: digest + 1}, payload=NOTHING, **settings)
 
 
 def stage(rounds: Rounds, workers: str, now: float = 0.0, **fields) -> None:
@@ -60,7 +67,7 @@ def test_the_members_of_a_close_are_in_worker_order_with_their_weights() -> None
     assert [c.key.worker_id for c in close.contributions] == ["a", "b", "c"]
     assert close.weights == (1.0, 2.0, 3.0)
     record = rounds.committed(close, 5.0)
-    assert record.weights == pytest.approx({"a": 1 / 6, "b": 2 / 6, "c": 3 / 6})
+    assert {m.worker_id: m.weight for m in record.members} == pytest.approx({"a": 1 / 6, "b": 2 / 6, "c": 3 / 6})
     assert record.version == 1
     assert record.open_seconds == 5.0
 
@@ -245,7 +252,7 @@ def test_a_round_that_is_being_computed_takes_nothing_more() -> None:
     assert known(rounds, "z") is Stage.CLOSED
     assert rounds.stage(contribution("z"), 0.0) is Stage.CLOSED
     assert known(rounds, "a") is Stage.ALREADY_HAVE
-    assert rounds.committed(close, 0.0).weights.keys() == {"a"}
+    assert rounds.committed(close, 0.0).counted == {"a"}
 
 
 def test_the_fate_of_a_repeated_push_when_the_round_is_over() -> None:
@@ -260,10 +267,10 @@ def test_the_fate_of_a_repeated_push_when_the_round_is_over() -> None:
 def test_a_round_that_was_void_counted_nobody() -> None:
     rounds = rounds_of("a")
     stage(rounds, "a")
-    rounds.due(0.0)
-    record = rounds.committed(Close(0, 0, (), ()), 0.0)
+    (close,) = rounds.due(0.0)
+    record = rounds.committed(dataclasses.replace(close, contributions=(), weights=(), scales=()), 0.0)
     rounds.open(0, 1, "a", 0.0)
-    assert record.weights == {}
+    assert record.members == ()
     assert known(rounds) is Stage.CLOSED
 
 
@@ -274,7 +281,7 @@ def test_a_base_version_of_the_future() -> None:
 
 
 def test_before_the_run_has_opened() -> None:
-    rounds = Rounds(1, min_workers=1, grace=INF, uniform=True)
+    rounds = Rounds([Weights(uniform=True, max_norm=0.0)], min_workers=1, grace=INF)
     with pytest.raises(InvalidContribution, match="no open round"):
         known(rounds)
 
@@ -310,3 +317,30 @@ def test_the_usual_length_of_a_round() -> None:
         stage(rounds, "a", now=now, base=version)
         close_and_reopen(rounds, "a", now)
     assert rounds.usual_seconds == 12.0
+
+
+def test_rounds_that_wait_for_each_other_in_a_circle_are_seen() -> None:
+    rounds = rounds_of("ab", fragments=2)
+    stage(rounds, "a", fragment=0)
+    assert rounds.in_circle() == set(), "b may still come"
+    stage(rounds, "b", fragment=1)
+    assert rounds.in_circle() == {"a", "b"}
+    rounds.no_longer_expected("a", 0.0)
+    assert rounds.in_circle() == set(), "fragment 1 closes now, which frees b"
+
+
+def test_a_chain_that_ends_at_somebody_who_trains_is_no_circle() -> None:
+    rounds = rounds_of("abc", fragments=2)
+    stage(rounds, "ab", fragment=0)
+    stage(rounds, "a", fragment=1)
+    assert rounds.in_circle() == set(), "all wait for c"
+
+
+def test_who_contributes_to_a_round_that_is_stuck_already_is_told_too() -> None:
+    rounds = rounds_of("ab", min_workers=3)
+    stage(rounds, "a")
+    rounds.no_longer_expected("b", 0.0)
+    assert rounds.stuck() == [{"a"}]
+    assert rounds.stuck() == []
+    stage(rounds, "b")
+    assert rounds.stuck() == [{"a", "b"}]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import itertools
 import weakref
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from driven_run import MANIFEST, SIZES, Sim, const
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_worker import flat, frames_of, header, hello, manifest_of
@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 import diloco_server
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Format, read_frame
-from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import (
     ConfigError,
     InvalidContribution,
@@ -32,133 +31,8 @@ from diloco_proto.errors import (
     Superseded,
     UnsupportedModel,
 )
-from diloco_proto.manifest import Manifest
-from diloco_server import RunConfig
 from diloco_server.checkpoint import InitialParameters
 from diloco_server.members import MemberState
-from diloco_server.parameters import snapshot_frames
-from diloco_server.pushes import Ticket
-from diloco_server.run import Run
-
-SIZES = (100, 70)
-MANIFEST = manifest_of(*SIZES)
-PLAIN = {
-    "sync_every": 4,
-    "num_fragments": 2,
-    "overlap_steps": 1,
-    "uplink_codec": "fp32",
-    "downlink_codec": "fp32",
-    "outer_optimizer": "sgd",
-    "outer_lr": 1.0,
-    "weighting": "uniform",
-    "grace_seconds": "inf",
-    "lease_seconds": 10.0,
-}
-"""Such that theta becomes theta minus the mean of the contributions."""
-
-
-def const(value: float, fragment: int = 0) -> Floats:
-    return flat(np.full(SIZES[fragment], value, np.float32))
-
-
-class Sim:
-    """A run, its clock, and what each worker was told."""
-
-    def __init__(self, *, init: InitialParameters | None = None, manifest: Manifest = MANIFEST, **changes) -> None:
-        self.run = Run(RunConfig(**(PLAIN | changes)), init)
-        self.manifest = manifest
-        self.now = 0.0
-        self._told: dict[str, list[pb.SessionEvent]] = defaultdict(list)
-
-    def hello(self, worker: str, **fields) -> None:
-        manifest = fields.pop("manifest", self.manifest)
-        self.run.hello(hello(worker, manifest, **fields), self.now)
-        self.settle()
-
-    def told(self, worker: str) -> dict[str, object]:
-        """What the worker was told since the last look, by kind."""
-        outbox, self.run.outbox = self.run.outbox, []
-        for name, event in outbox:
-            self._told[name].append(event)
-        events, self._told[worker] = self._told[worker], []
-        return {e.WhichOneof("body"): getattr(e, e.WhichOneof("body")) for e in events}
-
-    def say(self, worker: str, what: str, generation: int = 1) -> None:
-        getattr(self.run, what)(self.run.members.get(worker, generation), self.now)
-        self.settle()
-
-    def finish(self, worker: str, flush: int = 1) -> None:
-        self.run.finished(self.run.members.get(worker, 1), flush, self.now)
-        self.settle()
-
-    def beat(self, worker: str, step: int = 0) -> None:
-        self.run.heartbeat(self.run.members.get(worker, 1), pb.Heartbeat(step=step), self.now)
-
-    def push(
-        self, worker: str, values: Floats, fragment: int = 0, frames: Sequence[bytes] = (), **fields
-    ) -> pb.Outcome:
-        frames = frames or frames_of(values)
-        message = header(worker, fragment, frames, values.size // 64, **fields)
-        ticket = self.run.begin_push(message)
-        if not isinstance(ticket, Ticket):
-            return ticket
-        for place, frame in zip(ticket.places, frames, strict=True):
-            ticket.assembly.add(place, read_frame(frame))
-        outcome = self.run.finish_push(ticket, self.now)
-        self.settle()
-        return outcome
-
-    def contribute(self, worker: str, value: float = 1.0, fragment: int = 0, **fields) -> pb.Outcome:
-        fields.setdefault("base_version", self.run.parameters.version(fragment))
-        return self.push(worker, const(value, fragment), fragment, **fields)
-
-    def seed(self, worker: str, fragment: int, value: float = 0.0, **fields) -> pb.Outcome:
-        return self.push(worker, const(value, fragment), fragment, purpose=pb.PURPOSE_SEED, **fields)
-
-    def settle(self) -> None:
-        """What the engine does after anything has happened."""
-        self.run.tick(self.now)
-        for close in self.run.due(self.now):
-            self.run.publish(self.run.commit(close), self.now)
-        self.run.settle_finish()
-
-    def at(self, now: float) -> None:
-        self.now = now
-        self.settle()
-
-    def enter(self, *workers: str) -> Sim:
-        """The workers join and are ready, as if all at the same moment; the first seeds zeros."""
-        for worker in workers:
-            self.hello(worker)
-        if not self.run.seeded:
-            for fragment in range(2):
-                self.seed(workers[0], fragment)
-        for worker in workers:
-            self.say(worker, "ready")
-            self.told(worker)
-        for fragment in range(2) if self.run.opened else ():
-            current = self.run.rounds.round(fragment)
-            assert current is not None
-            current.expected.update(workers)
-        return self
-
-    def theta(self, fragment: int = 0) -> float:
-        """The value that all of the fragment's parameters have."""
-        snapshot = self.run.parameters.pin(fragment)
-        frame = read_frame(pb.PullReply.FromString(next(snapshot_frames(snapshot, 0))).frame)
-        self.run.parameters.unpin(snapshot)
-        values = frame.codes.view(np.float32)[: SIZES[fragment]]
-        assert (values == values[0]).all()
-        return float(values[0])
-
-    def versions(self) -> list[int]:
-        return [v.version for v in self.run.parameters.versions()]
-
-    def waits_for(self, fragment: int = 0) -> set[str]:
-        found = self.run.rounds.round(fragment)
-        assert found is not None
-        return found.missing
-
 
 # -- saying hello --
 
@@ -211,8 +85,8 @@ def test_the_first_worker_seeds_and_all_are_told() -> None:
     sim = Sim(manifest=manifest_of(*SIZES, frozen=5))
     sim.hello("a")
     sim.hello("b")
-    assert list(sim.told("a")) == ["welcome", "seed_wanted"]
-    assert list(sim.told("b")) == ["welcome"]
+    assert list(sim.told("a")) == ["welcome", "shard", "seed_wanted"]
+    assert list(sim.told("b")) == ["welcome", "shard"]
     assert sim.seed("a", 0, 3.0).kind == sim.seed("a", 1, 4.0).kind == pb.OUTCOME_SEEDED
     assert not sim.run.seeded
     assert "seeded" not in sim.told("b")
@@ -529,7 +403,7 @@ INVALID = {
     "unknown purpose": ({"purpose": pb.PURPOSE_UNSPECIFIED}, "unknown purpose 0"),
     "a purpose of the future": ({"purpose": 9}, "unknown purpose 9"),
     "no such fragment": ({"fragment": 2}, "'a' pushed fragment 2; this run has 2"),
-    "another codec": ({"codec": pb.CODEC_INT4}, "'a' pushed codec 4; this run takes fp32"),
+    "another codec": ({"codec": pb.CODEC_INT4}, "'a' pushed codec 4 for fragment 0; this run takes fp32"),
     "no codec": ({"codec": pb.CODEC_UNSPECIFIED}, "this run takes fp32"),
     "no tokens": ({"tokens": 0}, "'a' pushed a contribution without any step or token"),
     "no steps": ({"steps": 0}, "'a' pushed a contribution without any step or token"),
@@ -964,3 +838,38 @@ def test_a_worker_that_has_finished_lowers_the_floor_and_a_dead_one_does_not() -
     sim.say("a", "leave")
     sim.contribute("b", 1.0)
     assert sim.versions() == [2, 0]
+
+
+def test_parts_of_two_processes_are_never_mixed() -> None:
+    sim = Sim().enter("a")
+    halves = [frames_of(np.full(64, 1.0), first_block=block) for block in (0, 1)]
+    parts = [{"parts": [pb.Part(first_block=block, num_blocks=1)], "frames": halves[block]} for block in (0, 1)]
+    assert sim.contribute("a", tokens=5, steps=5, **parts[0]).kind == pb.OUTCOME_PART_HELD
+    sim.hello("a", generation=2)
+    sim.say("a", "ready", generation=2)
+    # Not refused for saying something else than the former process, nor made whole by its half.
+    assert sim.contribute("a", generation=2, **parts[1]).kind == pb.OUTCOME_PART_HELD
+    assert sim.contribute("a", generation=2, **parts[0]).kind == pb.OUTCOME_STAGED
+
+
+def test_rounds_that_wait_for_each_other_give_somebody_up() -> None:
+    sim = Sim(lease_seconds=10.0).enter("a", "b")
+    sim.contribute("a", fragment=0)
+    sim.contribute("b", fragment=1)
+    for now in range(1, 13):
+        sim.at(float(now))
+        for worker in "ab":
+            sim.beat(worker)
+    assert sim.versions() == [1, 1], "otherwise each would wait for the other for ever"
+
+
+def test_who_hears_of_one_round_while_another_is_stuck_is_told_again() -> None:
+    sim = Sim(min_workers=2).enter("a", "b")
+    sim.contribute("a", fragment=0)
+    sim.contribute("b", fragment=1)
+    sim.say("b", "leave")
+    sim.contribute("a", fragment=1)
+    sim.settle()
+    events = [event.WhichOneof("body") for name, event in sim.run.outbox if name == "a"]
+    assert "committed" in events
+    assert "waiting" in events[events.index("committed") :], "the news of one round lifts the hold of all"

@@ -329,8 +329,9 @@ def test_a_second_session_of_the_same_process_ends_the_first() -> None:
     with server() as running, RawWorker(running.address) as one, RawWorker(running.address) as two:
         one.enter(SMALL, [np.zeros(100)])
         two.enter(SMALL, [])
-        with refused(Superseded, grpc.StatusCode.ABORTED, "has joined again: stop this process"):
+        with refused(ConnectionClosed, grpc.StatusCode.UNAVAILABLE, "another session of this worker has begun"):
             one.expect("all_finished")
+        one.say(leave=pb.Leave())
         two.push(0, frames_of(np.ones(100)))
         assert two.expect("committed").fate == pb.FATE_COUNTED
 
@@ -431,7 +432,7 @@ def test_a_message_that_fails_ends_its_session_and_no_other(caplog: pytest.LogCa
         def fail(*_: object) -> None:
             raise ZeroDivisionError
 
-        running.engine.run.heartbeat = fail
+        running.engine.hear = fail
         bad.say(heartbeat=pb.Heartbeat())
         with refused(DilocoError, grpc.StatusCode.UNKNOWN, "its log says why"):
             bad.expect("all_finished")
