@@ -1,12 +1,13 @@
 """A torch model seen as flat fragments: which tensors take part, and how values go out of them and back in.
 
-`capture`, `mix`, `shift` and `adopt` run on the training thread: copies and one elementwise pass. `delta` runs on the
-courier's threads; `rebase_change`, which is only needed off schedule, on the training thread too.
+A fragment's values are one numpy float32[length] everywhere but in the model. `capture`, `mix`, `shift` and `adopt` run
+on the training thread: copies and one elementwise pass. `delta` runs on the courier's threads; `rebase_change`, which
+is only needed off schedule, on the training thread too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,23 +17,24 @@ from torch.profiler import record_function
 
 from diloco_proto.codec import Encoded, accumulate, flush_
 from diloco_proto.codec.formats import Floats
-from diloco_proto.errors import MasterWeights, NonFiniteParameter, UnsupportedModel
+from diloco_proto.errors import NonFiniteParameter, UnsupportedModel
 from diloco_proto.manifest import DTYPES, Fragment, Layout, Manifest, Role, TensorSpec
 
-_MASTER_ATTRIBUTES = (
-    "fp32_from_fp16_groups",
-    "fp32_groups",
-    "shard_fp32_from_float16_groups",
-    "fp32_partitioned_groups_flat",
-    "single_partition_of_fp32_groups",
-    "_master_params",
-    "master_params",
-    "master_param_groups",
-)
+from .flights import Captured
+from .optimizers import check_optimizers
+
+
+@dataclass(slots=True)
+class _Found:
+    """A tensor of the model, by all its names."""
+
+    tensor: torch.Tensor
+    role: Role
+    names: list[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Captured:
+class HostCopy:
     """A copy of one fragment's local values, float32[length] in host memory, complete once `ready` has passed."""
 
     values: torch.Tensor
@@ -46,10 +48,11 @@ class Captured:
 
 
 class Binding:
-    """The parameters of a model that take part in a run.
+    """The parameters and buffers of a model that take part in a run.
 
-    Trained are those that require a gradient and that one of `optimizers` holds; the others are frozen and
-    travel with the snapshot only. Tied parameters (one storage, several names) are one tensor.
+    Trained are the parameters that require a gradient and that one of `optimizers` holds; the others are frozen and
+    travel with the snapshot only. Buffers are averaged: those of the model's state (persistent) in a floating-point
+    dtype; others stay local. Tied tensors (one storage, several names) are one tensor.
 
     Raises UnsupportedModel, or MasterWeights for an optimizer that works on copies.
     """
@@ -57,110 +60,83 @@ class Binding:
     def __init__(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._model = model
         self._optimizers = tuple(optimizers)
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._fragments: list[list[tuple[int, int, torch.Tensor]]] = []
+        self._parameters: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, tuple[torch.nn.Module, str]] = {}
+        self._frozen: dict[int, str] = {}
         self._side_streams: dict[torch.device, torch.cuda.Stream] = {}
         self.manifest = self._build_manifest()
         self.check_optimizers()
 
     def _build_manifest(self) -> Manifest:
-        held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
-        names: dict[tuple[object, ...], list[str]] = {}
-        roles: dict[str, Role] = {}
-        for raw_name, parameter in self._model.named_parameters(remove_duplicate=False):
-            name = _plain_name(raw_name)
-            same = names.setdefault(_place(parameter), [])
-            same.append(name)
-            if len(same) == 1:
-                self._tensors[name] = parameter
-                roles[name] = Role.FROZEN
-            if parameter.requires_grad and id(parameter) in held:
-                roles[same[0]] = Role.TRAINED
-        specs = [
-            TensorSpec(
-                first,
-                tuple(self._tensors[first].shape),
-                _dtype_name(self._tensors[first]),
-                roles[first],
-                tuple(tied),
+        found: dict[tuple[object, ...], _Found] = {}
+        self._find_parameters(found)
+        self._find_buffers(found)
+        return Manifest(
+            tuple(
+                TensorSpec(f.names[0], tuple(f.tensor.shape), _dtype_name(f.tensor), f.role, tuple(f.names[1:]))
+                for f in found.values()
+                if f.role is not Role.FROZEN or _dtype_name(f.tensor) in DTYPES
             )
-            for first, *tied in names.values()
-            if roles[first] is Role.TRAINED or _dtype_name(self._tensors[first]) in DTYPES
-        ]
-        if not any(role is Role.TRAINED for role in roles.values()):
+        )
+
+    def _find_parameters(self, found: dict[tuple[object, ...], _Found]) -> None:
+        held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            entry = found.setdefault(_place(parameter), _Found(parameter, Role.FROZEN, []))
+            entry.names.append(_plain_name(name))
+            if parameter.requires_grad and id(parameter) in held:
+                entry.role = Role.TRAINED
+        if not any(f.role is Role.TRAINED for f in found.values()):
             raise UnsupportedModel(
                 "none of the model's parameters is both trainable (requires_grad) and held by the optimizer: pass the "
                 "optimizer that trains this model, after the model has been moved to its device"
             )
-        self._frozen = {
-            id(p): _plain_name(n) for n, p in self._model.named_parameters() if roles.get(_plain_name(n)) is Role.FROZEN
-        }
-        return Manifest(tuple(specs))
+        self._parameters = {f.names[0]: f.tensor for f in found.values()}
+        self._frozen = {id(f.tensor): f.names[0] for f in found.values() if f.role is Role.FROZEN}
+
+    def _find_buffers(self, found: dict[tuple[object, ...], _Found]) -> None:
+        """A buffer that is a parameter is a further name of it; a view of one is left to the parameter."""
+        of_parameters = {_storage(parameter) for parameter in self._model.parameters()}
+        for path, module in self._model.named_modules(remove_duplicate=False):
+            for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+                if key in module._non_persistent_buffers_set or not _averaged(buffer):
+                    continue
+                name = _plain_name(f"{path}.{key}" if path else key)
+                if _place(buffer) in found:
+                    found[_place(buffer)].names.append(name)
+                elif _storage(buffer) not in of_parameters:
+                    found[_place(buffer)] = _Found(buffer, Role.BUFFER, [name])
+                    self._buffers[name] = (module, key)
 
     def check_optimizers(self) -> None:
         """Raises MasterWeights if an optimizer keeps its own copy of the parameters.
 
         Called at join and again after the first step, when optimizers have made their state.
         """
-        ours = {id(t) for t in self._model.parameters()}
-        for optimizer in self._optimizers:
-            kind = type(optimizer).__name__
-            for attribute in _MASTER_ATTRIBUTES:
-                if getattr(optimizer, attribute, None):
-                    raise MasterWeights(_master_message(kind, f"it has `{attribute}`"))
-            if getattr(optimizer, "master_weights", False) is True:
-                raise MasterWeights(_master_message(kind, "it was made with master_weights=True"))
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                if id(parameter) not in ours:
-                    raise self._foreign_parameter(kind, parameter)
-                if parameter.requires_grad and id(parameter) in self._frozen:
-                    raise UnsupportedModel(
-                        f"{self._frozen[id(parameter)]!r} was frozen when this worker joined and is trained now: it "
-                        "would differ between workers. Unfreeze it, and give it to the optimizer, before join"
-                    )
-            for state in optimizer.state.values():
-                masters = [k for k, v in state.items() if "master" in str(k) and isinstance(v, torch.Tensor)]
-                if masters:
-                    raise MasterWeights(_master_message(kind, f"its state holds {masters[0]!r}"))
-
-    def _foreign_parameter(self, kind: str, parameter: torch.Tensor) -> UnsupportedModel:
-        """The error for a parameter that the optimizer steps and the model does not have."""
-        shape = list(parameter.shape)
-        if any(p.shape == parameter.shape for p in self._model.parameters()):
-            return MasterWeights(
-                _master_message(kind, f"it steps a {shape} tensor that is not one of the model's parameters")
-            )
-        return UnsupportedModel(
-            f"the optimizer {kind} steps a {shape} tensor that is no parameter of the model given to join: pass one "
-            "module that holds all that the optimizer trains"
-        )
+        check_optimizers(self._model, self._optimizers, self._frozen)
 
     def attach(self, layout: Layout) -> None:
         """Settle where each tensor lies in its fragment."""
         self.layout = layout
-        self._fragments = [
-            [(slot.offset, slot.end, self._tensors[slot.tensor.name]) for slot in fragment.slots]
-            for fragment in layout.fragments
-        ]
         self._rounded = [[s for s in fragment.slots if s.tensor.dtype != "float32"] for fragment in layout.fragments]
 
     # -- training thread --
 
     @torch.no_grad()
-    def capture(self, fragment: int) -> Captured:
+    def capture(self, fragment: int) -> HostCopy:
         """Copy the fragment's local values. On CUDA the training stream only runs a copy on the device; the way
         to the host goes over a stream of its own into pinned memory."""
         with record_function("diloco::capture"):
-            tensors = self._fragments[fragment]
+            tensors = self._local(fragment)
             device = self._common_device(fragment)
             length = self.layout.fragments[fragment].length
             if device.type != "cuda":
-                values = host_buffer(length, pinned=False, zero=True)
+                values = _host_tensor(length, pinned=False, zero=True)
                 _fill(values, tensors)
-                return Captured(values, None)
+                return HostCopy(values, None)
             flat = torch.zeros(length, dtype=torch.float32, device=device)
             _fill(flat, tensors)
-            values = host_buffer(length, pinned=True)
+            values = _host_tensor(length, pinned=True)
             side = self._side_streams.get(device)
             if side is None:
                 side = self._side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -170,10 +146,10 @@ class Binding:
                 flat.record_stream(side)
                 ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 ready.record(side)
-            return Captured(values, ready)
+            return HostCopy(values, ready)
 
     @torch.no_grad()
-    def mix(self, fragment: int, theta: torch.Tensor, alpha: float) -> None:
+    def mix(self, fragment: int, theta: Floats, alpha: float) -> None:
         """local ← α·local + (1 − α)·θ, the merge of a contribution that was counted on schedule."""
         with record_function("diloco::apply"):
             for local, value in self._on_device(fragment, theta):
@@ -183,7 +159,7 @@ class Binding:
                     local.copy_(local.float().lerp_(value, 1.0 - alpha))
 
     @torch.no_grad()
-    def shift(self, fragment: int, change: torch.Tensor) -> None:
+    def shift(self, fragment: int, change: Floats) -> None:
         """local ← local + change, with change from `rebase_change`: all local progress stays."""
         with record_function("diloco::apply"):
             for local, value in self._on_device(fragment, change):
@@ -193,63 +169,67 @@ class Binding:
                     local.copy_(local.float().add_(value))
 
     @torch.no_grad()
-    def adopt(self, fragment: int, theta: torch.Tensor) -> None:
-        """local ← θ, rounded to each parameter's dtype."""
+    def adopt(self, fragment: int, theta: Floats) -> None:
+        """local ← θ, rounded to each tensor's dtype."""
         for local, value in self._on_device(fragment, theta):
             local.copy_(value)
 
     # -- any thread --
 
-    def seed_values(self, fragment: int) -> torch.Tensor:
+    def seed_values(self, fragment: int) -> Floats:
         """The local values as they become version 0: float32, magnitudes under 2^-100 flushed.
 
         Raises NonFiniteParameter, naming the tensor.
         """
-        captured = self.capture(fragment)
-        bad = flush_(captured.wait())
+        values = self.capture(fragment).wait()
+        bad = flush_(values)
         if bad >= 0:
             raise non_finite(self.layout.fragments[fragment], bad)
-        return captured.values
+        return values
 
-    def delta(self, fragment: int, base: torch.Tensor, captured: Captured) -> Floats:
-        """Δ = round(θ_base) − θ_local as float32[length]; `round` is to each parameter's dtype, so that a bf16
+    def delta(self, fragment: int, base: Floats, captured: Captured) -> Floats:
+        """Δ = round(θ_base) − θ_local as float32[length]; `round` is to each tensor's dtype, so that a bf16
         parameter does not send its own rounding as a gradient."""
         local = captured.wait()
-        np.subtract(self.rounded(fragment, base).numpy(), local, out=local)
+        np.subtract(self.rounded(fragment, base), local, out=local)
         return local
 
     def rebase_change(
-        self, fragment: int, old: torch.Tensor, new: torch.Tensor, counted: Encoded | None
-    ) -> torch.Tensor:
+        self, fragment: int, old: Floats, new: Floats, counted: Encoded | None, correction: Floats | None = None
+    ) -> Floats:
         """What to add to the local values when the base moves from `old` to `new` off schedule.
 
-        Not counted: round(new) − round(old). Counted, but late: the counted contribution is taken out as well, so
-        that every later step, and nothing else, is left for the next Δ.
+        Not counted: round(new) − round(old). Counted, but late: the counted contribution c is taken out as well, so
+        that every later step, and nothing else, is left for the next Δ. With error feedback c carries the former
+        residual e and leaves e' behind, so what it took from the local values is decode(c) − e + e': `correction`
+        is e' − e, float32[length].
         """
-        change = self.rounded(fragment, new) - self.rounded(fragment, old)
+        change = np.subtract(self.rounded(fragment, new), self.rounded(fragment, old))
         if counted is not None:
-            accumulate(counted.format, counted.scales, counted.codes, 1.0, change.numpy())
+            accumulate(counted.format, counted.scales, counted.codes, 1.0, change)
+        if correction is not None:
+            change += correction
         return change
 
-    def rounded(self, fragment: int, theta: torch.Tensor) -> torch.Tensor:
-        """θ with each tensor rounded to its parameter's dtype; the same object if all are float32."""
+    def rounded(self, fragment: int, theta: Floats) -> Floats:
+        """θ with each tensor rounded to its dtype; the same object if all are float32."""
         if not self._rounded[fragment]:
             return theta
-        result = theta.clone()
+        result = theta.copy()
         for slot in self._rounded[fragment]:
-            dtype = self._tensors[slot.tensor.name].dtype
-            result[slot.offset : slot.end] = theta[slot.offset : slot.end].to(dtype)
+            values = torch.from_numpy(result[slot.offset : slot.end])
+            values.copy_(values.to(_dtype(slot.tensor)))
         return result
 
-    def state_dict(self, bases: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The model's state_dict with θ in place of the trained parameters: names and dtypes are the model's own."""
+    def state_dict(self, bases: Sequence[Floats]) -> dict[str, torch.Tensor]:
+        """The model's state_dict with θ in place of the trained parameters and averaged buffers: names and dtypes are
+        the model's own. `bases` are those of the layout's scheduled fragments."""
         theta: dict[str, torch.Tensor] = {}
-        for fragment in self.layout.trained:
+        for fragment, base in zip(self.layout.scheduled, bases, strict=True):
             for slot in fragment.slots:
-                value = bases[fragment.index][slot.offset : slot.end].reshape(slot.tensor.shape)
-                dtype = self._tensors[slot.tensor.name].dtype
+                value = torch.from_numpy(base[slot.offset : slot.end]).reshape(slot.tensor.shape)
                 for name in (slot.tensor.name, *slot.tensor.tied):
-                    theta[name] = value.to(dtype, copy=True)
+                    theta[name] = value.to(_dtype(slot.tensor), copy=True)
         state: dict[str, Any] = self._model.state_dict()
         return {
             name: theta[_plain_name(name)] if _plain_name(name) in theta else _detached(value)
@@ -261,28 +241,56 @@ class Binding:
         return self._common_device(fragment).type == "cuda"
 
     def _common_device(self, fragment: int) -> torch.device:
-        return self._fragments[fragment][0][2].device
+        return self._tensor(self.layout.fragments[fragment].slots[0].tensor).device
 
-    def _on_device(self, fragment: int, flat: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    def _tensor(self, spec: TensorSpec) -> torch.Tensor:
+        """The model's own tensor. A buffer is looked up anew: modules may replace theirs."""
+        if spec.role is not Role.BUFFER:
+            return self._parameters[spec.name]
+        module, key = self._buffers[spec.name]
+        buffer = getattr(module, key, None)
+        if not isinstance(buffer, torch.Tensor) or buffer.shape != spec.shape:
+            now = list(buffer.shape) if isinstance(buffer, torch.Tensor) else buffer
+            raise UnsupportedModel(
+                f"buffer {spec.name!r} had the shape {list(spec.shape)} when this worker joined and is {now} now: it "
+                "cannot be averaged between workers. Keep its shape, or register it with persistent=False"
+            )
+        return buffer
+
+    def _local(self, fragment: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(offset, end, local tensor) of each tensor of the fragment."""
+        for slot in self.layout.fragments[fragment].slots:
+            yield slot.offset, slot.end, self._tensor(slot.tensor)
+
+    def _on_device(self, fragment: int, flat: Floats) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(local tensor, its values from `flat` on its device), with one transfer a device."""
         copies: dict[torch.device, torch.Tensor] = {}
-        for offset, end, local in self._fragments[fragment]:
+        for offset, end, local in self._local(fragment):
             if local.device not in copies:
-                copies[local.device] = flat.to(local.device, non_blocking=True)
+                copies[local.device] = torch.from_numpy(flat).to(local.device, non_blocking=True)
             yield local, copies[local.device][offset:end].view(local.shape)
 
 
-def host_buffer(length: int, *, pinned: bool, zero: bool = False) -> torch.Tensor:
-    """float32[length] in host memory."""
-    make = torch.zeros if zero else torch.empty
-    return make(length, dtype=torch.float32, device="cpu", pin_memory=pinned)
+def host_buffer(length: int, *, pinned: bool) -> Floats:
+    """float32[length] in host memory, not initialised."""
+    values: Floats = _host_tensor(length, pinned=pinned).numpy()
+    return values
 
 
 def non_finite(fragment: Fragment, index: int) -> NonFiniteParameter:
+    kind, advice = "tensor", ""
+    if fragment.role is Role.BUFFER:
+        kind, advice = "buffer", ". If it is a constant, such as a mask, register it with persistent=False"
     return NonFiniteParameter(
-        f"tensor {fragment.tensor_at(index)!r} holds NaN, Inf or a magnitude of 2^126 and more: training has diverged "
-        "on this worker. Nothing of it was sent; lower the inner learning rate or clip gradients, and start it again"
+        f"{kind} {fragment.tensor_at(index)!r} holds NaN, Inf or a magnitude of 2^126 and more: training has diverged "
+        "on this worker. Nothing of it was sent; lower the inner learning rate or clip gradients, and start it "
+        f"again{advice}"
     )
+
+
+def _host_tensor(length: int, *, pinned: bool, zero: bool = False) -> torch.Tensor:
+    make = torch.zeros if zero else torch.empty
+    return make(length, dtype=torch.float32, device="cpu", pin_memory=pinned)
 
 
 def _fill(flat: torch.Tensor, tensors: Iterable[tuple[int, int, torch.Tensor]]) -> None:
@@ -296,8 +304,22 @@ def _plain_name(name: str) -> str:
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Where a tensor's values lie: the same for tied parameters."""
+    """Where a tensor's values lie: the same for tied tensors."""
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
+def _storage(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _averaged(buffer: torch.Tensor) -> bool:
+    """Whether a buffer of the model's state has a mean that means something."""
+    return _dtype_name(buffer) in DTYPES and buffer.layout is torch.strided and buffer.numel() > 0
+
+
+def _dtype(spec: TensorSpec) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
@@ -306,10 +328,3 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 
 def _detached(value: Any) -> Any:
     return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
-
-
-def _master_message(kind: str, why: str) -> str:
-    return (
-        f"the optimizer {kind} keeps its own copy of the parameters ({why}) and would undo every merge of global "
-        "parameters. Use one that steps the model's parameters in place, such as torch.optim.AdamW, with autocast"
-    )

@@ -1,8 +1,6 @@
 """Carries contributions up and updates down on background threads, while the training thread computes.
 
-A Flight is one contribution whose fate is not settled; a fragment has at most one. An Arrival is a newer base
-of a fragment, waiting for the training thread to merge it. Bases are never changed in place: a newer one is a
-new array, and only the training thread exchanges it (`take`).
+All that it knows is in its `Flights`, under one lock; only the training thread exchanges bases (`take`).
 """
 
 from __future__ import annotations
@@ -11,70 +9,22 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-import torch
+import numpy as np
 from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import (
-    CorruptFrame,
-    Encoded,
-    Format,
-    UnencodableValue,
-    digest,
-    encode_fragment,
-    frame_checksum,
-    pack_frames,
-)
+from diloco_proto.codec import CorruptFrame, Format, UnencodableValue, digest, pack_frames
 from diloco_proto.errors import ConnectionClosed, DilocoError
-from diloco_proto.wire import codec_to_pb
+from diloco_proto.manifest import Role
 
-from .binding import Binding, Captured, host_buffer, non_finite
+from .binding import Binding, host_buffer, non_finite
+from .flights import Arrival, Base, Flight, Flights
+from .messages import contribution_header
 from .transport import PulledItem, Transport
 
 log = logging.getLogger("diloco")
-
-_STAGED = (pb.OUTCOME_STAGED, pb.OUTCOME_ALREADY_HAVE, pb.OUTCOME_PART_HELD)
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """Global parameters of one fragment at one version, float32[length] in host memory."""
-
-    version: int
-    theta: torch.Tensor
-
-
-@dataclass(slots=True)
-class Flight:
-    """One contribution on its way: `steps` inner steps since the last counted one, taken up to `step`, to be
-    merged at `due_step`."""
-
-    fragment: int
-    base: Base
-    captured: Captured | None
-    step: int
-    due_step: int
-    steps: int
-    since_version: int
-    encoded: Encoded | None = None
-    header: pb.PushHeader | None = None
-    frames: list[bytes] | None = None
-    outcome: pb.OutcomeKind | None = None
-    in_round: bool | None = None
-    """Whether the round it was pushed for has counted it, by the event of its commit; None before that."""
-    counted: bool | None = None
-    """The fate; None while unknown."""
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A newer base to merge, and the flight that is settled by it, if there was one."""
-
-    base: Base
-    flight: Flight | None
 
 
 class Courier:
@@ -87,11 +37,8 @@ class Courier:
         self._binding = binding
         self._uplink = uplink
         self._identity = identity
-        count = binding.layout.num_trained
-        self.bases: list[Base] = []
-        self._flights: list[Flight | None] = [None] * count
-        self._arrived: list[Base | None] = [None] * count
-        self._announced = [0] * count
+        self._count = binding.layout.num_scheduled
+        self._flights = Flights(self._count)
         self._changed = threading.Condition()
         self._connected = True
         self._held = False
@@ -106,10 +53,8 @@ class Courier:
     def start(self, bases: list[Base]) -> None:
         """Begin, with the bases that the worker holds. Versions announced meanwhile are fetched."""
         with self._changed:
-            self.bases = bases
-            for fragment, base in enumerate(bases):
-                if self._announced[fragment] > base.version:
-                    self._downhill.put(fragment)
+            self._flights.bases = bases
+            self._fetch_wanted()
         for thread in self._threads:
             thread.start()
 
@@ -119,26 +64,32 @@ class Courier:
 
     # -- training thread --
 
+    @property
+    def bases(self) -> Sequence[Base]:
+        """The global parameters that this worker holds, by fragment."""
+        return self._flights.bases
+
     def push(self, flight: Flight) -> None:
         """Send a contribution off; the fragment must have none under way."""
-        assert self._flights[flight.fragment] is None
-        self._flights[flight.fragment] = flight
+        with self._changed:
+            self._flights.launch(flight)
         self._uphill.put(flight)
 
     def flight(self, fragment: int) -> Flight | None:
         """The contribution under way."""
-        return self._flights[fragment]
+        return self._flights.flight(fragment)
 
     def take(self, fragment: int) -> Arrival | None:
         """What is ready to be merged: a newer base, unless a contribution's fate is still open."""
         with self._changed:
-            return self._take(fragment)
+            self.raise_fatal()
+            return self._flights.take(fragment)
 
     def wait(self, fragment: int) -> None:
         """Wait until `take` has something; not while the server is out of reach or too few workers train for a
         round to close: then the training goes on, and what was pushed is merged later."""
         with record_function("diloco::wait"), self._changed:
-            while not self._settled(fragment) and self._connected and not self._held:
+            while not self._flights.settled(fragment) and self._connected and not self._held:
                 self.raise_fatal()
                 self._changed.wait(1.0)
 
@@ -156,37 +107,21 @@ class Courier:
 
     def staged(self) -> bool:
         """Every contribution under way has reached the server."""
-        return all(f is None or f.outcome is not None for f in self._flights)
+        return self._flights.staged()
 
     def anything_ready(self) -> bool:
-        return any(self._settled(p) for p in range(len(self._flights)))
+        return self._flights.anything_ready()
 
     def none_in_flight(self) -> bool:
-        return all(f is None for f in self._flights)
+        return self._flights.none_in_flight()
 
     def caught_up(self, versions: dict[int, int]) -> bool:
         """Base or arrival of every fragment is at least at its version."""
-        return all((self._arrived[p] or self.bases[p]).version >= v for p, v in versions.items())
+        return self._flights.caught_up(versions)
 
     def raise_fatal(self) -> None:
         if self._fatal is not None:
             raise self._fatal.with_traceback(None) from None
-
-    def _settled(self, fragment: int) -> bool:
-        flight, arrived = self._flights[fragment], self._arrived[fragment]
-        if flight is None or arrived is None:
-            return arrived is not None
-        return flight.counted is not None and arrived.version > flight.base.version
-
-    def _take(self, fragment: int) -> Arrival | None:
-        self.raise_fatal()
-        if not self._settled(fragment):
-            return None
-        base, flight = self._arrived[fragment], self._flights[fragment]
-        assert base is not None
-        self._arrived[fragment] = self._flights[fragment] = None
-        self.bases[fragment] = base
-        return Arrival(base, flight)
 
     # -- session thread --
 
@@ -194,24 +129,17 @@ class Courier:
         """A round is over: note this worker's fate in it and fetch the update."""
         with self._changed:
             self._held = False
-            flight = self._flights[event.fragment]
-            if flight is not None and event.version == flight.base.version + 1:
-                flight.in_round = event.fate == pb.FATE_COUNTED
-            self._settle_fate(event.fragment)
-            self._announce(event.fragment, event.version)
+            self._flights.on_committed(event)
+            self._fetch_wanted()
+            self._changed.notify_all()
 
     def on_versions(self, versions: list[pb.FragmentVersion]) -> None:
         """After a reconnection: fetch what was missed, and ask again for fates that were not heard."""
         with self._changed:
             self._connected = True
-            for entry in versions:
-                if entry.fragment >= len(self._flights):
-                    continue
-                self._announce(entry.fragment, entry.version)
-                flight = self._flights[entry.fragment]
-                if flight and flight.outcome in _STAGED and flight.counted is None:
-                    flight.outcome = None
-                    self._uphill.put(flight)
+            for flight in self._flights.on_versions(versions):
+                self._uphill.put(flight)
+            self._fetch_wanted()
             self._changed.notify_all()
 
     def on_lost(self) -> None:
@@ -236,24 +164,11 @@ class Courier:
             self._fatal = self._fatal or error
             self._changed.notify_all()
 
-    def _announce(self, fragment: int, version: int) -> None:
-        if version > self._announced[fragment]:
-            self._announced[fragment] = version
-            if self.bases:
-                self._downhill.put(fragment)
-
-    def _settle_fate(self, fragment: int) -> None:
-        """A flight's fate: by its outcome if that says so, else by the event of the round it was staged for."""
-        flight = self._flights[fragment]
-        if flight is None or flight.outcome is None or flight.counted is not None:
-            return
-        if flight.outcome == pb.OUTCOME_COUNTED:
-            flight.counted = True
-        elif flight.outcome in (pb.OUTCOME_CLOSED, pb.OUTCOME_CONFLICT):
-            flight.counted = False
-        else:
-            flight.counted = flight.in_round
-        self._changed.notify_all()
+    def _fetch_wanted(self) -> None:
+        if self._flights.bases:
+            for fragment in range(self._count):
+                if self._flights.wanted(fragment) is not None:
+                    self._downhill.put(fragment)
 
     # -- push thread --
 
@@ -272,40 +187,29 @@ class Courier:
 
     def _push_loop(self) -> None:
         while (flight := self._uphill.get()) is not None:
-            if flight.frames is None:
+            if flight.header is None:
                 self._encode(flight)
             assert flight.header is not None
-            assert flight.frames is not None
             with record_function("diloco::push"):
                 outcome = self._transport.push(flight.header, flight.frames)
             with self._changed:
-                flight.outcome = outcome.kind
-                self._settle_fate(flight.fragment)
-                self._announce(flight.fragment, outcome.version)
+                self._flights.on_outcome(flight, outcome)
+                self._fetch_wanted()
                 self._changed.notify_all()
 
     def _encode(self, flight: Flight) -> None:
         with record_function("diloco::encode"):
             fragment = self._binding.layout.fragments[flight.fragment]
+            fmt = Format.FP32 if fragment.role is Role.BUFFER else self._uplink
             assert flight.captured is not None
             delta = self._binding.delta(flight.fragment, flight.base.theta, flight.captured)
             flight.captured = None
             try:
-                flight.encoded = encode_fragment(self._uplink, delta)
+                flight.frames = pack_frames(flight.encode(fmt, delta))
             except UnencodableValue as error:
                 raise non_finite(fragment, error.index) from error
-            flight.frames = pack_frames(flight.encoded)
-            header = self._identity()
-            header.purpose = pb.PURPOSE_CONTRIBUTION
-            header.fragment = flight.fragment
-            header.base_version = flight.base.version
-            header.codec = codec_to_pb(self._uplink)
-            header.parts.add(first_block=0, num_blocks=fragment.num_blocks)
-            header.frame_digests.extend(frame_checksum(f) for f in flight.frames)
-            header.tokens = header.steps = flight.steps
-            header.since_version = flight.since_version
-            flight.header = header
-        wire = header.ByteSize() + sum(pb.PushRequest(frame=f).ByteSize() for f in flight.frames)
+            flight.header = contribution_header(self._identity(), flight, fragment, fmt, flight.frames)
+        wire = flight.header.ByteSize() + sum(pb.PushRequest(frame=f).ByteSize() for f in flight.frames)
         self._transport.counters.contribution(wire, fragment.parameters)
 
     # -- pull thread --
@@ -313,13 +217,12 @@ class Courier:
     def _pull_loop(self) -> None:
         while (fragment := self._downhill.get()) is not None:
             with self._changed:
-                base = self._arrived[fragment] or self.bases[fragment]
-                wanted = self._announced[fragment]
-            if base.version >= wanted:
+                base = self._flights.wanted(fragment)
+            if base is None:
                 continue
             newer = self.fetch(fragment, base)
             with self._changed:
-                self._arrived[fragment] = newer
+                self._flights.on_arrived(fragment, newer)
                 self._changed.notify_all()
 
     def fetch(self, fragment: int, base: Base | None) -> Base:
@@ -344,16 +247,15 @@ class Courier:
         length = self._binding.layout.fragments[fragment].length
         theta = host_buffer(length, pinned=self._binding.pinned(fragment))
         if base is not None:
-            theta.copy_(base.theta)
-        values = theta.numpy()
+            np.copyto(theta, base.theta)
         for item in items:
             try:
-                item.apply(values)
+                item.apply(theta)
             except CorruptFrame as error:
                 log.warning("fragment %d: %s", fragment, error)
                 return None
             if item.kind == pb.ITEM_UPDATE:
                 self._transport.counters.update(item.nbytes, self._binding.layout.fragments[fragment].parameters)
-        if digest(values) != items[-1].digest:
+        if digest(theta) != items[-1].digest:
             return None
         return Base(items[-1].version, theta)

@@ -26,8 +26,8 @@ from diloco_proto.errors import ConnectionClosed, DilocoError, ServerUnreachable
 from diloco_proto.schedule import Schedule
 
 from .binding import Binding
-from .courier import Arrival, Base, Flight
-from .link import Link
+from .link import Link, Shard
+from .replica import Replica, Rules
 from .stats import Stats
 from .transport import Transport
 
@@ -35,9 +35,6 @@ log = logging.getLogger("diloco")
 
 FLUSH_PATIENCE = 60.0
 """Seconds that `flush` waits for a server that is out of reach."""
-
-NEVER = 1 << 62
-"""Due step of a remainder: it is merged as a late one, whenever its fate is known."""
 
 
 def join(
@@ -87,12 +84,9 @@ class Outer:
     ) -> None:
         self._transport = transport
         self._binding = binding
-        self._step = 0
+        self._replica: Replica | None = None
+        self._loss: float | None = None
         self._joined_at = time.monotonic()
-        self._steps_taken = 0
-        self._rounds = 0
-        self._counted = 0
-        self._not_counted = 0
         self._stall_seconds = 0.0
         self._closed = False
         self._closed_at: float | None = None
@@ -102,17 +96,21 @@ class Outer:
         self._pid = os.getpid()
         self._link = Link(transport, binding, worker_id, self._beat)
         try:
-            self._step = self._link.join(connect_timeout)
+            start_step = self._link.join(connect_timeout)
         except BaseException:
             self._link.close("could not join")
             raise
         settings = self._link.settings
         self._courier = self._link.courier
-        self._alpha = settings.mixing_alpha
-        count = self._link.layout.num_trained
-        self._schedule = Schedule(settings.sync_every, count, settings.overlap_steps)
-        self._counted_until = [self._step] * count
-        self._since_version = [base.version for base in self._courier.bases]
+        layout = self._link.layout
+        buffers = layout.num_scheduled > layout.num_trained
+        rules = Rules(
+            schedule=Schedule(settings.sync_every, layout.num_trained, settings.overlap_steps, buffers),
+            alpha=settings.mixing_alpha,
+            error_feedback=settings.error_feedback,
+        )
+        self._check_every = settings.sync_every
+        self._replica = Replica(layout, rules, binding, self._courier, start_step)
         self._joined_at = time.monotonic()
         self._hook = optimizers[-1].register_step_post_hook(self._after_step)
         log.info("joined run %s at %s as %s", self._link.run_id, transport.address, worker_id)
@@ -124,12 +122,12 @@ class Outer:
         """How this worker has fared so far."""
         counters = self._transport.counters
         now = self._closed_at or time.monotonic()
-        waiting_since = self._waiting_since
+        waiting_since, replica = self._waiting_since, self._replica
         return Stats(
-            steps=self._steps_taken,
-            rounds=self._rounds,
-            counted=self._counted,
-            not_counted=self._not_counted,
+            steps=replica.taken if replica else 0,
+            rounds=replica.rounds if replica else 0,
+            counted=replica.counted if replica else 0,
+            not_counted=replica.not_counted if replica else 0,
             stall_seconds=self._stall_seconds + (now - waiting_since if waiting_since else 0.0),
             train_seconds=now - self._joined_at,
             bytes_up=counters.bytes_up,
@@ -142,6 +140,39 @@ class Outer:
     def worker_id(self) -> str:
         return self._link.worker_id
 
+    @property
+    def global_step(self) -> int:
+        """Inner steps in the run's count: a worker that joins late begins where the run is, and one that was given
+        a smaller H (`dynamic_local_updates`) advances as far a round as the others. For learning rate schedules."""
+        return self._joined.global_step
+
+    @property
+    def shard(self) -> Shard:
+        """This worker's share of the data, (index, count). The index is its own as long as it lives and when it
+        comes back; the count grows when more workers join than there were, so look again from time to time, or
+        start the server with `min_workers` as many as there will be."""
+        return self._link.shard
+
+    @property
+    def should_stop(self) -> bool:
+        """The run has had the rounds or tokens that it was to have (`stop_after_rounds`, `stop_after_tokens`):
+        leave the training loop."""
+        return bool(self._link.stopped)
+
+    def report(self, *, tokens: int | None = None, loss: float | None = None) -> None:
+        """Tell of an inner step, before its `optimizer.step()`: how many tokens (or examples) it trains on, and its
+        loss.
+
+        Contributions are weighed by tokens, or by inner steps in a run where nobody reports them; the loss is shown
+        by `diloco-client status`. Raises ValueError for less than one token.
+        """
+        if tokens is not None:
+            if tokens < 1:
+                raise ValueError(f"report(tokens={tokens}): an inner step trains on at least one token")
+            self._joined.report(tokens)
+        if loss is not None:
+            self._loss = float(loss)
+
     def global_state_dict(self) -> dict[str, torch.Tensor]:
         """The model's `state_dict()` with the global parameters θ in it, as this worker last received them.
 
@@ -152,7 +183,7 @@ class Outer:
 
     def base_digests(self) -> dict[int, int]:
         """Fragment -> 64-bit digest of this worker's base, to be compared with the server's status."""
-        return {p: digest(base.theta.numpy()) for p, base in enumerate(self._courier.bases)}
+        return {p: digest(base.theta) for p, base in enumerate(self._courier.bases)}
 
     def flush(self, *, together: bool = False) -> None:
         """End fully synchronised: what this worker still holds goes into the run, then its parameters become θ.
@@ -161,27 +192,22 @@ class Outer:
         so in every worker, or in none. Training may go on afterwards. Raises ServerUnreachable when the server
         stays away for FLUSH_PATIENCE seconds; the model keeps its local parameters then.
         """
-        courier = self._courier
+        courier, replica = self._courier, self._joined
         if self._closed:
             raise ConnectionClosed("this worker has left the run; join again to flush")
-        for fragment in range(self._link.layout.num_trained):
-            self._push_remainder(fragment)
+        replica.push_remainders()
         self._wait_until(courier.staged)
         self._finishing = True
         self._link.finishing()
         while not courier.none_in_flight():
             self._wait_until(courier.anything_ready)
-            self._merge_arrivals(early=True)
-            for fragment in range(self._link.layout.num_trained):
-                self._push_remainder(fragment)
+            replica.merge(early=True)
+            replica.push_remainders()
         if together:
             self._link.finished()
             self._wait_until(self._link.everyone_finished)
-        self._merge_arrivals(early=True)
-        for fragment, base in enumerate(courier.bases):
-            self._binding.adopt(fragment, base.theta)
-            self._counted_until[fragment] = self._step
-            self._since_version[fragment] = base.version
+        replica.merge(early=True)
+        replica.adopt_all()
         self._flushed = True
 
     def close(self) -> None:
@@ -217,72 +243,20 @@ class Outer:
         if self._finishing:
             self._finishing = self._flushed = False
             self._link.ready()
-        self._step += 1
-        if self._steps_taken % self._schedule.sync_every == 0:
+        replica = self._joined
+        if self._link.pace is not None:
+            replica.set_pace(self._link.pace)
+        if replica.taken % self._check_every == 0:
             self._binding.check_optimizers()
-        self._steps_taken += 1
-        due = self._schedule.due(self._step)
-        for fragment in due.push:
-            if self._courier.flight(fragment) is None:
-                self._push(fragment, due_step=self._step + self._schedule.overlap_steps)
-        for fragment in due.apply:
-            self._await_fate(fragment)
-        self._merge_arrivals()
+        for fragment in replica.advance():
+            with self._stalled():
+                self._courier.wait(fragment)
+        replica.merge()
 
-    def _push(self, fragment: int, due_step: int) -> None:
-        flight = Flight(
-            fragment=fragment,
-            base=self._courier.bases[fragment],
-            captured=self._binding.capture(fragment),
-            step=self._step,
-            due_step=due_step,
-            steps=self._step - self._counted_until[fragment],
-            since_version=self._since_version[fragment],
-        )
-        self._courier.push(flight)
-
-    def _push_remainder(self, fragment: int) -> None:
-        """Push what was not counted yet, if there is anything and no contribution is under way."""
-        if self._step > self._counted_until[fragment] and self._courier.flight(fragment) is None:
-            self._push(fragment, due_step=NEVER)
-
-    def _await_fate(self, fragment: int) -> None:
-        """At the step of a merge: wait until the contribution's fate and the new base are here."""
-        if self._courier.flight(fragment) is None:
-            return
-        with self._stalled():
-            self._courier.wait(fragment)
-
-    def _merge_arrivals(self, *, early: bool = False) -> None:
-        """Merge what has arrived: what is due now, what is late, and rounds that this worker was not in.
-
-        A contribution that is due at a later step waits for it, unless `early`.
-        """
-        for fragment in range(self._link.layout.num_trained):
-            flight = self._courier.flight(fragment)
-            if flight is not None and flight.due_step > self._step and not early:
-                continue
-            old = self._courier.bases[fragment]
-            arrival = self._courier.take(fragment)
-            if arrival is not None:
-                self._merge(fragment, old, arrival)
-
-    def _merge(self, fragment: int, old: Base, arrival: Arrival) -> None:
-        """Exchange the base `old` for the newer one, by the rule of the contribution's fate (see `Binding`)."""
-        flight, theta = arrival.flight, arrival.base.theta
-        counted = flight is not None and bool(flight.counted)
-        if flight is not None and counted and flight.due_step == self._step:
-            self._binding.mix(fragment, theta, self._alpha)
-        else:
-            encoded = flight.encoded if flight is not None and counted else None
-            self._binding.shift(fragment, self._binding.rebase_change(fragment, old.theta, theta, encoded))
-        self._rounds += 1
-        if flight is not None and counted:
-            self._counted += 1
-            self._counted_until[fragment] = flight.step
-            self._since_version[fragment] = flight.base.version
-        elif flight is not None:
-            self._not_counted += 1
+    @property
+    def _joined(self) -> Replica:
+        assert self._replica is not None
+        return self._replica
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         with record_function("diloco::wait"), self._stalled():
@@ -306,7 +280,9 @@ class Outer:
     def _beat(self) -> pb.Heartbeat:
         stats = self.stats
         return pb.Heartbeat(
-            step=self._step,
+            step=self._replica.global_step if self._replica else 0,
+            tokens=self._replica.tokens if self._replica else 0,
+            loss=self._loss,
             stall_seconds=stats.stall_seconds,
             bytes_up=stats.bytes_up,
             bytes_down=stats.bytes_down,

@@ -6,18 +6,29 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Encoded, Format, digest, frame_checksum, pack_frames, warm_up
+from diloco_proto.codec import Encoded, Format, digest, pack_frames, warm_up
 from diloco_proto.errors import DilocoError, InvalidContribution, ManifestMismatch, ServerUnreachable
 from diloco_proto.manifest import Layout, Pattern, build_layout
 
 from .binding import Binding
-from .courier import Base, Courier
+from .courier import Courier
+from .flights import Base
+from .messages import seed_header
 from .session import Session
 from .transport import Transport
 
 log = logging.getLogger("diloco")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A worker's share of the data: `index` of `count`."""
+
+    index: int
+    count: int
 
 
 class Link:
@@ -48,6 +59,11 @@ class Link:
         self._final: dict[int, int] | None = None
         self._flushes = 0
         self._courier: Courier | None = None
+        self.pace: int | None = None
+        """H that the server wishes of this worker; None for the run's."""
+        self.shard = Shard(0, 1)
+        self.stopped = ""
+        """Why the run has ended; empty while it has not."""
 
     @property
     def courier(self) -> Courier:
@@ -85,7 +101,7 @@ class Link:
         bases = [self._base(index, seeds) for index in range(len(self.layout.fragments))]
         for index, base in enumerate(bases):
             self._binding.adopt(index, base.theta)
-        self.courier.start(bases[: self.layout.num_trained])
+        self.courier.start(bases[: self.layout.num_scheduled])
         self._session.say(pb.SessionRequest(ready=pb.Ready()))
         self._await(lambda: self._start_step is not None)
         assert self._start_step is not None
@@ -138,16 +154,8 @@ class Link:
         log.info("seeding run %s with this worker's parameters", self.run_id)
         for fragment in self.layout.fragments:
             theta = self._binding.seed_values(fragment.index)
-            values = theta.numpy()
-            encoded = Encoded(Format.FP32, values.view("uint8")[:0], values.view("uint8"))
-            frames = pack_frames(encoded)
-            header = self._identity()
-            header.purpose = pb.PURPOSE_SEED
-            header.fragment = fragment.index
-            header.codec = pb.CODEC_FP32
-            header.parts.add(first_block=0, num_blocks=fragment.num_blocks)
-            header.frame_digests.extend(frame_checksum(f) for f in frames)
-            self._transport.push(header, frames)
+            frames = pack_frames(Encoded(Format.FP32, theta.view("uint8")[:0], theta.view("uint8")))
+            self._transport.push(seed_header(self._identity(), fragment, frames), frames)
             bases.append(Base(0, theta))
         return bases
 
@@ -155,7 +163,7 @@ class Link:
         """The fragment's global parameters: what this worker seeded, if nothing has changed, else fetched."""
         assert self._versions is not None
         now = self._versions[index]
-        if seeds and now.version == 0 and digest(seeds[index].theta.numpy()) == now.digest:
+        if seeds and now.version == 0 and digest(seeds[index].theta) == now.digest:
             return seeds[index]
         return self.courier.fetch(index, None)
 
@@ -220,16 +228,24 @@ class Link:
                         self._start_step = event.opened.start_step
                     self.courier.set_held(False)
                 case "waiting":
-                    log.warning(
-                        "%d of %d workers are here; no round closes until the others have joined",
-                        event.waiting.ready,
-                        event.waiting.needed,
-                    )
+                    if event.waiting.ready < event.waiting.needed:
+                        log.warning(
+                            "%d of %d workers are here; no round closes until the others have joined",
+                            event.waiting.ready,
+                            event.waiting.needed,
+                        )
                     self.courier.set_held(True)
                 case "all_finished":
                     self.courier.on_versions(list(event.all_finished.versions))
-                    trained = event.all_finished.versions[: self.layout.num_trained]
-                    self._final = {v.fragment: v.version for v in trained}
+                    scheduled = event.all_finished.versions[: self.layout.num_scheduled]
+                    self._final = {v.fragment: v.version for v in scheduled}
+                case "pace":
+                    self.pace = event.pace.sync_every
+                case "shard":
+                    self.shard = Shard(event.shard.index, event.shard.count)
+                case "stop":
+                    log.warning("the run has reached its end: %s", event.stop.reason)
+                    self.stopped = event.stop.reason
                 case "draining":
                     log.warning("the server is shutting down: %s", event.draining.reason)
             self._changed.notify_all()

@@ -19,14 +19,16 @@ from diloco_proto.wire import manifest_from_pb
 from .transport import Transport
 
 
-def status(address: str, timeout: float = 10.0) -> dict[str, Any]:
+def status(address: str, timeout: float = 10.0, *, rounds: int = 0) -> dict[str, Any]:
     """How the run at `address` stands: state, workers, fragments with version and digest, bytes, configuration.
+
+    With `rounds` also the records of each fragment's last so many rounds: who was counted, with which weight.
 
     Raises InvalidAddress or ServerUnreachable (after `timeout` seconds).
     """
     transport = Transport(address)
     try:
-        return status_dict(transport.status(timeout))
+        return status_dict(transport.status(timeout, rounds))
     finally:
         transport.close()
 
@@ -41,6 +43,8 @@ def status_dict(message: pb.RunStatus) -> dict[str, Any]:
         "rounds": message.rounds,
         "bytes_in": message.bytes_in,
         "bytes_out": message.bytes_out,
+        "tokens": message.tokens,
+        "stopped": message.stopped,
         "config": dict(message.config),
         "workers": [
             {
@@ -55,6 +59,11 @@ def status_dict(message: pb.RunStatus) -> dict[str, Any]:
                 "bytes_down": w.last.bytes_down,
                 "counted": w.counted,
                 "not_counted": w.not_counted,
+                "loss": w.last.loss if w.last.HasField("loss") else None,
+                "tokens": w.last.tokens,
+                "shard": w.shard,
+                "sync_every": w.sync_every,
+                "steps_per_second": w.steps_per_second,
             }
             for w in message.workers
         ],
@@ -70,9 +79,21 @@ def status_dict(message: pb.RunStatus) -> dict[str, Any]:
                 "open_seconds": f.open_seconds,
                 "round_seconds": f.round_seconds,
                 "update_bytes": f.update_bytes,
+                "rounds": [_round_dict(r) for r in f.rounds],
             }
             for f in message.fragments
         ],
+    }
+
+
+def _round_dict(record: pb.RoundStatus) -> dict[str, Any]:
+    return {
+        "version": record.version,
+        "members": [
+            {field.name: getattr(m, field.name) for field in pb.RoundMember.DESCRIPTOR.fields} for m in record.members
+        ],
+        "missed": list(record.missed),
+        "open_seconds": record.open_seconds,
     }
 
 

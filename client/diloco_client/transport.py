@@ -54,13 +54,17 @@ RETRY_LATER = (ConnectionClosed, NotMember, NotReady, SnapshotExpired)
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Exponential backoff with full jitter: the n-th pause is uniform in [0, min(cap, first * 2^n)] seconds."""
+    """Exponential backoff with full jitter: the n-th pause is uniform in [0, min(cap, first * 2^n)] seconds.
+
+    The numbers are the system's: workers whose scripts seed `random` alike must not retry in step, and the trainer's
+    own sequence stays what it is without us.
+    """
 
     first: float = 0.5
     cap: float = 15.0
 
     def pause(self, attempt: int) -> float:
-        return random.uniform(0, min(self.cap, self.first * 2.0 ** min(attempt, 16)))
+        return random.SystemRandom().uniform(0, min(self.cap, self.first * 2.0 ** min(attempt, 16)))
 
 
 def parse_address(address: str) -> str:
@@ -201,10 +205,10 @@ class Transport:
         describe: Callable[..., pb.RunDescription] = self._bulk.Describe
         return self._unary(describe, pb.DescribeRequest(), timeout)
 
-    def status(self, timeout: float) -> pb.RunStatus:
+    def status(self, timeout: float, rounds: int = 0) -> pb.RunStatus:
         """Raises ServerUnreachable when nothing answers within `timeout` seconds."""
         method: Callable[..., pb.RunStatus] = self._bulk.Status
-        return self._unary(method, pb.StatusRequest(), timeout)
+        return self._unary(method, pb.StatusRequest(rounds=rounds), timeout)
 
     def _unary(self, method: Callable[..., T], request: object, timeout: float) -> T:
         try:

@@ -202,12 +202,12 @@ def test_work_that_was_not_counted_stays_for_the_next_contribution() -> None:
         gate.set()
         second.outer._courier.wait(0)
         before = second.progress()
-        second.outer._merge_arrivals(early=True)
+        second.outer._replica.merge(early=True)
         assert second.outer.stats.not_counted == 1
         torch.testing.assert_close(second.progress(), before, atol=1e-6, rtol=1e-5)
         assert before.abs().max() > 1e-3
         assert first.outer.base_digests() == second.outer.base_digests()
-        assert second.outer._counted_until == [0]
+        assert second.outer._replica._uncounted[0].step == 0
         for worker in (first, second):
             worker.outer.close()
 
@@ -224,10 +224,10 @@ def test_a_late_merge_leaves_the_later_steps_for_the_next_contribution() -> None
         both = worker.progress()
         gate.set()
         wait(0)
-        worker.outer._merge_arrivals()
+        worker.outer._replica.merge()
         assert worker.outer.stats.counted == 1
         torch.testing.assert_close(worker.progress(), both - pushed, atol=1e-6, rtol=1e-5)
-        assert worker.outer._counted_until == [3]
+        assert worker.outer._replica._uncounted[0].step == 3
         worker.outer.close()
 
 

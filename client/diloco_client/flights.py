@@ -1,0 +1,207 @@
+"""Contributions on their way, and the fates and newer bases that settle them. Pure: no threads, no clock.
+
+A Flight is one contribution whose fate is not settled; a fragment has at most one. An Arrival is a newer base of a
+fragment, ready to be merged. Bases are never changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from diloco_proto import outer_pb2 as pb
+from diloco_proto.codec import Encoded, Format, decode_fragment, encode_fragment
+from diloco_proto.codec.formats import Floats
+
+_KEPT = (pb.OUTCOME_STAGED, pb.OUTCOME_ALREADY_HAVE, pb.OUTCOME_PART_HELD)
+
+
+class Captured(Protocol):
+    """A copy of one fragment's local values, which may still be on its way from the device."""
+
+    def wait(self) -> Floats:
+        """float32[length], once it is complete."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Global parameters of one fragment at one version."""
+
+    version: int
+    theta: Floats
+
+
+@dataclass(slots=True, kw_only=True)
+class Flight:
+    """One contribution: the work since the last counted one, up to inner step `step` of this process, to be merged
+    at step `due_step`."""
+
+    fragment: int
+    base: Base
+    captured: Captured | None
+    step: int
+    due_step: int
+    steps: int
+    tokens: int
+    tokens_until: int
+    """Tokens of this process up to `step`."""
+    since_version: int
+    feedback: bool
+    residual: Floats | None
+    """With error feedback: what earlier contributions left out; None for nothing."""
+    encoded: Encoded | None = None
+    next_residual: Floats | None = None
+    """What is left out once this one is counted."""
+    header: pb.PushHeader | None = None
+    frames: list[bytes] = field(default_factory=list)
+    outcome: pb.Outcome | None = None
+    verdict: pb.Committed | None = None
+    """The event of the round that settles it, whichever comes first: that or its outcome."""
+    counted: bool | None = None
+    """The fate; None while unknown."""
+    needs: int = 0
+    """Once the fate is known: the version from which on a base takes account of it."""
+
+    @property
+    def resync(self) -> bool:
+        """The run wants nothing of this work any more."""
+        return self.outcome is not None and self.outcome.kind == pb.OUTCOME_RESYNC
+
+    @property
+    def correction(self) -> Floats | None:
+        """With error feedback: by how much the residual grows when this is counted."""
+        if self.next_residual is None:
+            return None
+        return self.next_residual if self.residual is None else self.next_residual - self.residual
+
+    def encode(self, fmt: Format, delta: Floats) -> Encoded:
+        """Encode Δ, and what earlier contributions left out with it. Raises UnencodableValue."""
+        if not self.feedback:
+            self.encoded = encode_fragment(fmt, delta)
+            return self.encoded
+        whole = delta if self.residual is None else delta + self.residual
+        self.encoded = encode_fragment(fmt, whole)
+        self.next_residual = np.subtract(whole, decode_fragment(self.encoded))
+        return self.encoded
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A base to merge, and the flight that is settled by it, if there was one."""
+
+    base: Base
+    flight: Flight | None
+
+
+class Flights:
+    """What one worker holds and awaits of each fragment."""
+
+    def __init__(self, count: int) -> None:
+        self.bases: list[Base] = []
+        self._flights: list[Flight | None] = [None] * count
+        self._arrived: list[Base | None] = [None] * count
+        self._announced = [0] * count
+
+    def launch(self, flight: Flight) -> None:
+        """The fragment must have none under way."""
+        assert self._flights[flight.fragment] is None
+        self._flights[flight.fragment] = flight
+
+    def flight(self, fragment: int) -> Flight | None:
+        return self._flights[fragment]
+
+    # -- what is heard --
+
+    def on_outcome(self, flight: Flight, outcome: pb.Outcome) -> None:
+        """The answer to a push."""
+        flight.outcome = outcome
+        self.announce(flight.fragment, outcome.version)
+        self._settle_fate(flight)
+
+    def on_committed(self, event: pb.Committed) -> None:
+        """A round is over."""
+        flight = self._flights[event.fragment]
+        spoken = event.fate != pb.FATE_UNSPECIFIED
+        if flight is not None and spoken and event.base_version == flight.base.version:
+            flight.verdict = event
+            self._settle_fate(flight)
+        self.announce(event.fragment, event.version)
+
+    def on_versions(self, versions: Iterable[pb.FragmentVersion]) -> list[Flight]:
+        """Where the run is, after a reconnection. Returns what to push again, since its fate was perhaps not heard."""
+        again = []
+        for entry in versions:
+            if entry.fragment >= len(self._flights):
+                continue
+            self.announce(entry.fragment, entry.version)
+            flight = self._flights[entry.fragment]
+            if flight and flight.outcome and flight.outcome.kind in _KEPT and flight.counted is None:
+                flight.outcome = None
+                again.append(flight)
+        return again
+
+    def announce(self, fragment: int, version: int) -> None:
+        """The fragment has come to a version."""
+        self._announced[fragment] = max(self._announced[fragment], version)
+
+    def on_arrived(self, fragment: int, base: Base) -> None:
+        """A newer base is here."""
+        self._arrived[fragment] = base
+
+    def _settle_fate(self, flight: Flight) -> None:
+        """By the outcome if that says it, else by the event of the round it was staged for."""
+        outcome, verdict = flight.outcome, flight.verdict
+        if outcome is None or flight.counted is not None:
+            return
+        if outcome.kind == pb.OUTCOME_COUNTED:
+            flight.counted, flight.needs = True, outcome.version
+        elif outcome.kind in (pb.OUTCOME_CLOSED, pb.OUTCOME_CONFLICT):
+            flight.counted, flight.needs = False, flight.base.version + 1
+        elif outcome.kind == pb.OUTCOME_RESYNC:
+            flight.counted, flight.needs = False, outcome.version
+        elif verdict is not None:
+            flight.counted, flight.needs = verdict.fate == pb.FATE_COUNTED, verdict.version
+
+    # -- what is to be done --
+
+    def wanted(self, fragment: int) -> Base | None:
+        """The newest base held, if the run has come further."""
+        newest = self.newest(fragment)
+        return newest if newest.version < self._announced[fragment] else None
+
+    def newest(self, fragment: int) -> Base:
+        return self._arrived[fragment] or self.bases[fragment]
+
+    def settled(self, fragment: int) -> bool:
+        """`take` has something."""
+        flight = self._flights[fragment]
+        if flight is None:
+            return self._arrived[fragment] is not None
+        return flight.counted is not None and self.newest(fragment).version >= flight.needs
+
+    def take(self, fragment: int) -> Arrival | None:
+        """What is ready to be merged, unless a contribution's fate is still open. It becomes the base."""
+        if not self.settled(fragment):
+            return None
+        arrival = Arrival(self.newest(fragment), self._flights[fragment])
+        self._arrived[fragment] = self._flights[fragment] = None
+        self.bases[fragment] = arrival.base
+        return arrival
+
+    def staged(self) -> bool:
+        """Every contribution under way has reached the server."""
+        return all(f is None or f.outcome is not None for f in self._flights)
+
+    def none_in_flight(self) -> bool:
+        return all(f is None for f in self._flights)
+
+    def anything_ready(self) -> bool:
+        return any(self.settled(p) for p in range(len(self._flights)))
+
+    def caught_up(self, versions: dict[int, int]) -> bool:
+        """The newest base of each fragment is at least at its version."""
+        return all(self.newest(p).version >= v for p, v in versions.items())

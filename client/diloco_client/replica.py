@@ -1,0 +1,261 @@
+"""A worker's side of the algorithm: what is pushed and merged at which inner step, and how. Pure.
+
+The schedule is Streaming DiLoCo's (arXiv 2501.18512). A merge exchanges the base of a fragment for a newer one by
+the rule of the contribution's fate:
+
+    counted, on schedule   local ← α·local + (1 − α)·θ          the paper's: a fraction α of counted work stays
+    counted, but late      local ← local + θ − base + c         takes out what was counted (c), keeps all later steps
+    not counted            local ← local + θ − base             keeps all local work, which goes into the next push
+    out of date            local ← θ                            the run wants nothing of this work any more
+
+Buffers (BatchNorm statistics) always become the global ones: a mean of variances is one, a sum is not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from diloco_proto.codec import Encoded
+from diloco_proto.codec.formats import Floats
+from diloco_proto.manifest import Layout
+from diloco_proto.schedule import Schedule
+
+from .flights import Arrival, Base, Captured, Flight
+
+log = logging.getLogger("diloco")
+
+NEVER = 1 << 62
+"""Due step of a remainder: it is merged as a late one, whenever its fate is known."""
+
+
+class Parameters(Protocol):
+    """The local parameters of a worker, by fragment."""
+
+    def capture(self, fragment: int) -> Captured: ...
+    def mix(self, fragment: int, theta: Floats, alpha: float) -> None: ...
+    def shift(self, fragment: int, change: Floats) -> None: ...
+    def adopt(self, fragment: int, theta: Floats) -> None: ...
+    def rebase_change(
+        self, fragment: int, old: Floats, new: Floats, counted: Encoded | None, correction: Floats | None = None
+    ) -> Floats: ...
+
+
+class Carrier(Protocol):
+    """Takes contributions away and holds what is ready to be merged."""
+
+    @property
+    def bases(self) -> Sequence[Base]: ...
+    def push(self, flight: Flight) -> None: ...
+    def flight(self, fragment: int) -> Flight | None: ...
+    def take(self, fragment: int) -> Arrival | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What the run has settled for every worker."""
+
+    schedule: Schedule
+    """With the whole H."""
+    alpha: float
+    error_feedback: bool
+
+
+@dataclass(slots=True)
+class _Uncounted:
+    """Where the work on a fragment begins that was not counted yet."""
+
+    step: int
+    tokens: int
+    since_version: int
+    residual: Floats | None = None
+
+
+class Replica:
+    """One worker between its trainer and its carrier.
+
+    Steps: `taken` are the inner steps of this process. `global_step` is the run's count: it began at `start_step`,
+    and a worker with a smaller H advances by as much a round as the others.
+    """
+
+    def __init__(self, layout: Layout, rules: Rules, parameters: Parameters, carrier: Carrier, start_step: int) -> None:
+        self.taken = 0
+        self.rounds = 0
+        self.counted = 0
+        self.not_counted = 0
+        self._parameters = parameters
+        self._carrier = carrier
+        self._rules = rules
+        self._num_trained = layout.num_trained
+        self._count = layout.num_scheduled
+        self._schedule = rules.schedule
+        self._wanted_pace = rules.schedule.sync_every
+        self._origin, self._k = 0, start_step
+        self._tokens: int | None = None
+        self._uncounted = [_Uncounted(0, 0, base.version) for base in carrier.bases]
+
+    @property
+    def global_step(self) -> int:
+        return self._origin + self._k * self._rules.schedule.sync_every // self._schedule.sync_every
+
+    @property
+    def sync_every(self) -> int:
+        """This worker's H."""
+        return self._schedule.sync_every
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this process, as reported; inner steps if nothing was."""
+        return self.taken if self._tokens is None else self._tokens
+
+    def report(self, tokens: int) -> None:
+        """So many more tokens were trained on."""
+        if self._tokens is None:
+            self._tokens = 0
+            for uncounted in self._uncounted:
+                uncounted.tokens = 0  # from now on they are tokens, no longer steps
+        self._tokens += tokens
+
+    def steps_until_due(self) -> int:
+        """Inner steps until something is to be pushed or merged; at least 1."""
+        return self._schedule.steps_until_due(self._k)
+
+    def set_pace(self, sync_every: int) -> None:
+        """Another H, from the next period that begins with nothing under way. Any thread may call it."""
+        self._wanted_pace = sync_every
+
+    # -- after an inner step --
+
+    def advance(self) -> list[int]:
+        """An inner step is over: push what is due. Returns the fragments that are to be merged now, for whose fates
+        the caller waits before it calls `merge`."""
+        self.taken += 1
+        self._k += 1
+        due = self._schedule.due(self._k)
+        for fragment in due.push:
+            if self._carrier.flight(fragment) is None and not self._withheld:
+                self._push(fragment, self.taken + self._schedule.overlap_steps)
+        return [p for p in due.apply if self._carrier.flight(p) is not None]
+
+    def merge(self, *, early: bool = False) -> None:
+        """Merge what has arrived: what is due now, what is late, and rounds that this worker was not in.
+
+        A contribution that is due at a later step waits for it, unless `early`.
+        """
+        for fragment in range(self._count):
+            flight = self._carrier.flight(fragment)
+            if flight is not None and flight.due_step > self.taken and not early:
+                continue
+            old = self._carrier.bases[fragment]
+            arrival = self._carrier.take(fragment)
+            if arrival is not None:
+                self._merge(fragment, old, arrival)
+        if self._pace_changes and self._k % self._schedule.sync_every == 0:
+            self._begin_period()
+
+    def push_remainders(self) -> None:
+        """Push what was not counted yet, of every fragment that has no contribution under way."""
+        for fragment in range(self._count):
+            if self.taken > self._uncounted[fragment].step and self._carrier.flight(fragment) is None:
+                self._push(fragment, NEVER)
+
+    def adopt_all(self) -> None:
+        """local ← θ: everything is settled."""
+        for fragment, base in enumerate(self._carrier.bases):
+            self._parameters.adopt(fragment, base.theta)
+            self._begin_anew(fragment, self.taken, self.tokens, base.version)
+
+    # -- one fragment --
+
+    def _push(self, fragment: int, due_step: int) -> None:
+        uncounted, tokens = self._uncounted[fragment], self.tokens
+        feedback = self._rules.error_feedback and fragment < self._num_trained
+        self._carrier.push(
+            Flight(
+                fragment=fragment,
+                base=self._carrier.bases[fragment],
+                captured=self._parameters.capture(fragment),
+                step=self.taken,
+                due_step=due_step,
+                steps=self.taken - uncounted.step,
+                tokens=max(1, tokens - uncounted.tokens),
+                tokens_until=tokens,
+                since_version=uncounted.since_version,
+                feedback=feedback,
+                residual=uncounted.residual if feedback else None,
+            )
+        )
+
+    def _merge(self, fragment: int, old: Base, arrival: Arrival) -> None:
+        """Exchange the base `old` for a newer one."""
+        flight, new = arrival.flight, arrival.base
+        counted = flight is not None and flight.counted is True
+        self.rounds += new.version > old.version
+        self.counted += counted
+        self.not_counted += flight is not None and not counted
+        if fragment >= self._num_trained:
+            self._parameters.adopt(fragment, new.theta)
+            self._begin_anew(fragment, self.taken, self.tokens, new.version)
+        elif flight is not None and flight.resync:
+            log.warning(
+                "fragment %d: this worker was away for %d rounds, longer than the run allows (max_away); it goes on "
+                "from the global parameters",
+                fragment,
+                new.version - flight.since_version,
+            )
+            self._parameters.adopt(fragment, new.theta)
+            self._begin_anew(fragment, self.taken, self.tokens, new.version)
+            self._uncounted[fragment].residual = None
+        elif flight is not None and counted:
+            self._merge_counted(flight, old, new)
+        else:
+            change = self._parameters.rebase_change(fragment, old.theta, new.theta, None)
+            self._parameters.shift(fragment, change)
+
+    def _merge_counted(self, flight: Flight, old: Base, new: Base) -> None:
+        if flight.due_step == self.taken:
+            self._parameters.mix(flight.fragment, new.theta, self._rules.alpha)
+        else:
+            change = self._parameters.rebase_change(
+                flight.fragment, old.theta, new.theta, flight.encoded, flight.correction
+            )
+            self._parameters.shift(flight.fragment, change)
+        # Steps taken since the push began on the old base; without any, the next one will be on the new.
+        since_version = new.version if flight.step == self.taken else flight.base.version
+        self._begin_anew(flight.fragment, flight.step, flight.tokens_until, since_version)
+        if flight.feedback:
+            self._uncounted[flight.fragment].residual = flight.next_residual
+
+    def _begin_anew(self, fragment: int, step: int, tokens: int, since_version: int) -> None:
+        """All work up to `step` is settled."""
+        uncounted = self._uncounted[fragment]
+        uncounted.step, uncounted.tokens, uncounted.since_version = step, tokens, since_version
+
+    @property
+    def _pace_changes(self) -> bool:
+        return self._wanted_pace != self._schedule.sync_every
+
+    @property
+    def _withheld(self) -> bool:
+        """What is due now belongs to the next period, which is to begin with nothing under way."""
+        schedule = self._schedule
+        last = self._k - 1
+        return (
+            self._pace_changes and (last + schedule.overlap_steps) // schedule.sync_every > last // schedule.sync_every
+        )
+
+    def _begin_period(self) -> None:
+        """Begin anew with the wanted pace, unless something late is under way; then go on as before."""
+        if all(self._carrier.flight(p) is None for p in range(self._count)):
+            self._origin, self._k = self.global_step, 0
+            self._schedule = self._schedule.with_sync_every(self._wanted_pace)
+            log.info("this worker synchronises every %d inner steps from now on", self._wanted_pace)
+        for fragment in range(self._count):
+            # The period owes these already. Were they left out, this worker would push in another order than the
+            # others, and each could wait for what the other has not pushed yet.
+            offset = self._schedule.apply_offset(fragment)
+            owed = offset <= self._schedule.overlap_steps and self._carrier.flight(fragment) is None
+            if owed and self.taken > self._uncounted[fragment].step:
+                self._push(fragment, self.taken + offset)
