@@ -66,19 +66,20 @@ def demo_command(**values: Any) -> None:
 @click.option("--watch", is_flag=True, help="Keep looking, every --interval seconds, until Ctrl-C.")
 @click.option("--interval", default=2.0, type=click.FloatRange(min=0.1), help="Seconds between looks.")
 @click.option("--timeout", default=10.0, type=click.FloatRange(min=0.1), help="Seconds to wait for an answer.")
-def status_command(address: str, as_json: bool, watch: bool, interval: float, timeout: float) -> None:
+@click.option("--rounds", default=0, type=click.IntRange(0, 64), help="Show the last so many rounds of each fragment.")
+def status_command(address: str, as_json: bool, watch: bool, interval: float, timeout: float, rounds: int) -> None:
     """Workers, fragments, versions and rates of the run at ADDRESS (HOST:PORT)."""
     with one_line_errors():
         if not watch:
-            _show(status(address, timeout), as_json)
+            _show(status(address, timeout, rounds=rounds), as_json)
         elif as_json:
             while True:
-                click.echo(json.dumps(status(address, timeout)))
+                click.echo(json.dumps(status(address, timeout, rounds=rounds)))
                 time.sleep(interval)
         else:
             with Live(console=Console(), auto_refresh=False) as live:
                 while True:
-                    live.update(status_view(status(address, timeout)), refresh=True)
+                    live.update(status_view(status(address, timeout, rounds=rounds)), refresh=True)
                     time.sleep(interval)
 
 

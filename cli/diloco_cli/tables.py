@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def status_view(values: dict[str, Any]) -> RenderableType:
-    """Two tables, workers and fragments, under a few lines about the run."""
+    """Tables of workers, fragments and, if they were asked for, past rounds, under a few lines about the run."""
     config = values["config"]
     hours = max(values["uptime_seconds"], 1e-9) / 3600
     head = (
@@ -23,7 +23,12 @@ def status_view(values: dict[str, Any]) -> RenderableType:
         f"α={config['mixing_alpha']}  {config['outer_optimizer']} η={config['outer_lr']} "
         f"μ={config['outer_momentum']}  {config['uplink_codec']} up, {config['downlink_codec']} down"
     )
-    return Group(head, _workers(values["workers"]), _fragments(values["fragments"]))
+    if values["stopped"]:
+        head += f"\nthe run has had {values['stopped']} and stops"
+    tables = [_workers(values["workers"], config), _fragments(values["fragments"])]
+    if any(f["rounds"] for f in values["fragments"]):
+        tables.append(_rounds(values["fragments"]))
+    return Group(head, *tables)
 
 
 def _table(*left: str, right: tuple[str, ...] = (), last: tuple[str, ...] = ()) -> Table:
@@ -38,10 +43,13 @@ def _table(*left: str, right: tuple[str, ...] = (), last: tuple[str, ...] = ()) 
     return table
 
 
-def _workers(workers: list[dict[str, Any]]) -> Table:
-    numbers = ("seen", "step", "step/s", "stall", "up", "down", "counted", "not")
-    table = _table("worker", "state", right=numbers)
+def _workers(workers: list[dict[str, Any]], config: dict[str, str]) -> Table:
+    paced = config["dynamic_local_updates"] == "true"
+    lossy = any(w["loss"] is not None for w in workers)
+    numbers = ["seen", "step", "step/s", "stall", "up", "down", "counted", "not"]
+    table = _table("worker", "state", right=(*numbers, *["H"] * paced, *["loss"] * lossy))
     for w in workers:
+        more = [str(w["sync_every"])] * paced + ["" if w["loss"] is None else f"{w['loss']:.3f}"] * lossy
         seconds = w["train_seconds"]
         table.add_row(
             escape(w["worker_id"]),
@@ -54,6 +62,7 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
             _size(w["bytes_down"]),
             str(w["counted"]),
             str(w["not_counted"]),
+            *more,
         )
     return table
 
@@ -74,6 +83,26 @@ def _fragments(fragments: list[dict[str, Any]]) -> Table:
             escape(", ".join(f["waiting_for"])),
         )
     return table
+
+
+def _rounds(fragments: list[dict[str, Any]]) -> Table:
+    """Who was in each round, with its share of the mean, and who was missed."""
+    table = _table("fragment", right=("version", "open"), last=("counted", "missed"))
+    for f in fragments:
+        for r in f["rounds"]:
+            members = [f"{m['worker_id']} {m['weight']:.2f}{_scaled(m['scale'])}" for m in r["members"]]
+            table.add_row(
+                str(f["index"]),
+                str(r["version"]),
+                _duration(r["open_seconds"]),
+                escape(", ".join(members)),
+                escape(", ".join(r["missed"])),
+            )
+    return table
+
+
+def _scaled(scale: float) -> str:
+    return "" if scale == 1.0 else f" (scaled by {scale:.2g})"
 
 
 def _count(number: float) -> str:

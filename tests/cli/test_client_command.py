@@ -109,6 +109,13 @@ def test_status_as_a_table(run) -> None:
         assert word in done.stdout
 
 
+def test_status_with_past_rounds(run) -> None:
+    done = client("status", run[0], "--rounds", "2", COLUMNS="160")
+    assert done.returncode == 0, done.stderr
+    assert "missed" in done.stdout
+    assert " 1.00" in done.stdout
+
+
 def test_status_as_json(run) -> None:
     done = client("status", run[0], "--json")
     assert (done.returncode, done.stderr) == (0, "")
