@@ -152,7 +152,7 @@ def test_what_was_not_counted_stays_and_goes_into_the_next_push() -> None:
     worker.answer(worker.pushed[0], pb.OUTCOME_CLOSED, 1)
     worker.arrive(1, 10.0)
     worker.steps(8)
-    assert worker.local == -14.0 + 10.0
+    assert worker.local == -14.0 + 0.5 * 10.0, "it moves along as far as one that was counted"
     second = worker.pushed[1]
     assert (second.steps, second.base.version, second.since_version) == (14, 1, 0)
 

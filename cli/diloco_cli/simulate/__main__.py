@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from typing import Any
 
@@ -15,7 +14,7 @@ from diloco_cli.options import WRONG_SETTING, Command, one_line_errors
 
 from .plan import Plan, plan_run
 from .plan_table import plan_options, show_plan
-from .runs import Report, simulate_all
+from .runs import Report, silence, simulate_all
 from .world import simulate
 
 BROKEN = 1
@@ -39,14 +38,16 @@ def main(
 
     A run with faults follows from its seed alone. One that breaks a promise is replayed by --seed.
     """
-    logging.getLogger("diloco").setLevel(logging.CRITICAL)
     if hours is not None:
         with one_line_errors(WRONG_SETTING):
             plan = Plan.from_options(hours, seed, values)
-        show_plan(plan, plan_run(plan), as_json)
+        with silence():
+            figures = plan_run(plan)
+        show_plan(plan, figures, as_json)
         return
     if schedules == 1:
-        _replay(seed, verbose, as_json)
+        with silence():
+            _replay(seed, verbose, as_json)
         return
     report = simulate_all(seed, schedules, jobs)
     if as_json:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
@@ -75,13 +76,25 @@ def simulate_all(first: int, count: int, jobs: int) -> Report:
     return report
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """What workers and server log of thousands of runs helps nobody."""
+    log = logging.getLogger("diloco")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _add_all(report: Report, outcomes: Iterable[Outcome]) -> None:
     for outcome in outcomes:
         report.add(outcome)
 
 
 def _batch(seeds: Iterable[int]) -> list[Outcome]:
-    logging.getLogger("diloco").setLevel(logging.CRITICAL)
-    outcomes = [simulate(seed) for seed in seeds]
+    with silence():
+        outcomes = [simulate(seed) for seed in seeds]
     gc.collect()
     return outcomes
