@@ -173,10 +173,10 @@ class BookedTrainer(ToyTrainer):
     def shift(self, fragment: int, change: Floats) -> None:
         merge, before = self._take_merge(fragment), self.locals[fragment].astype(np.float64)
         super().shift(fragment, change)
-        change: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = merge.new.astype(np.float64) - merge.old
+        moved = merge.new.astype(np.float64) - merge.old
         if merge.pushed is not None and merge.pushed.due and not merge.counted:
-            change *= 1 - self._config.mixing_alpha
-        expected = before + change
+            moved *= 1 - self._config.mixing_alpha
+        expected = before + moved
         magnitudes: list[Floats] = [merge.new, merge.old]
         if merge.counted:
             assert merge.pushed is not None
