@@ -23,6 +23,7 @@ format: $(STAMP)
 
 stubs: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/diloco_proto/outer.proto
+	$(BIN)/python -m grpc_tools.protoc -I server --python_out=server --pyi_out=server server/diloco_server/store/state.proto
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/kernels.py --json
