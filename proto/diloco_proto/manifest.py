@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,6 +22,13 @@ from .errors import ConfigError, UnsupportedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes whose every value float32 holds exactly."""
+
+
+MAX_DIMENSIONS = 64
+"""Of a tensor, as in torch and numpy."""
+
+MAX_BLOCKS = 1 << 32
+"""Of a fragment: a frame says in 32 bits where it begins."""
 
 
 class Role(StrEnum):
@@ -66,11 +74,14 @@ class Manifest:
     tensors: tuple[TensorSpec, ...]
 
     def __post_init__(self) -> None:
-        names = [t.name for t in self.tensors]
-        if len(set(names)) != len(names):
-            twice = next(n for n in names if names.count(n) > 1)
-            raise UnsupportedModel(f"tensor {twice!r} is listed twice")
+        twice = [name for name, count in Counter(t.name for t in self.tensors).items() if count > 1]
+        if twice:
+            raise UnsupportedModel(f"tensor {twice[0]!r} is listed twice")
         for tensor in self.tensors:
+            if len(tensor.shape) > MAX_DIMENSIONS:
+                raise UnsupportedModel(
+                    f"tensor {tensor.name!r} has {len(tensor.shape)} dimensions; at most {MAX_DIMENSIONS} are supported"
+                )
             if tensor.dtype not in DTYPES:
                 raise UnsupportedModel(
                     f"tensor {tensor.name!r} is {tensor.dtype}; the global parameters are float32, "
@@ -189,6 +200,10 @@ def _place(index: int, role: Role, tensors: Iterable[TensorSpec]) -> Fragment:
     for tensor in tensors:
         slots.append(Slot(tensor, offset))
         offset += -(-tensor.numel // BLOCK) * BLOCK
+    if offset > MAX_BLOCKS * BLOCK:
+        raise UnsupportedModel(
+            f"fragment {index} would have {offset} values; {MAX_BLOCKS * BLOCK} are the most: set num_fragments higher"
+        )
     return Fragment(index, role, tuple(slots), offset)
 
 

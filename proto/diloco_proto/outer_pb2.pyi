@@ -210,7 +210,7 @@ class Leave(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class SessionEvent(_message.Message):
-    __slots__ = ("welcome", "seed_wanted", "seeded", "opened", "committed", "all_finished", "draining", "waiting", "pace", "shard", "stop")
+    __slots__ = ("welcome", "seed_wanted", "seeded", "opened", "committed", "all_finished", "draining", "waiting", "pace", "shard", "stop", "beat")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     SEED_WANTED_FIELD_NUMBER: _ClassVar[int]
     SEEDED_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,7 @@ class SessionEvent(_message.Message):
     PACE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     seed_wanted: SeedWanted
     seeded: Seeded
@@ -233,23 +234,36 @@ class SessionEvent(_message.Message):
     pace: Pace
     shard: Shard
     stop: Stop
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., seed_wanted: _Optional[_Union[SeedWanted, _Mapping]] = ..., seeded: _Optional[_Union[Seeded, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ...) -> None: ...
+    beat: Beat
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., seed_wanted: _Optional[_Union[SeedWanted, _Mapping]] = ..., seeded: _Optional[_Union[Seeded, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("run_id", "settings", "layout_fingerprint", "seeded", "heartbeat_seconds", "versions")
+    __slots__ = ("run_id", "settings", "layout_fingerprint", "seeded", "heartbeat_seconds", "versions", "standings")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SEEDED_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    STANDINGS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     settings: RunSettings
     layout_fingerprint: int
     seeded: bool
     heartbeat_seconds: float
     versions: _containers.RepeatedCompositeFieldContainer[FragmentVersion]
-    def __init__(self, run_id: _Optional[str] = ..., settings: _Optional[_Union[RunSettings, _Mapping]] = ..., layout_fingerprint: _Optional[int] = ..., seeded: bool = ..., heartbeat_seconds: _Optional[float] = ..., versions: _Optional[_Iterable[_Union[FragmentVersion, _Mapping]]] = ...) -> None: ...
+    standings: _containers.RepeatedCompositeFieldContainer[Standing]
+    def __init__(self, run_id: _Optional[str] = ..., settings: _Optional[_Union[RunSettings, _Mapping]] = ..., layout_fingerprint: _Optional[int] = ..., seeded: bool = ..., heartbeat_seconds: _Optional[float] = ..., versions: _Optional[_Iterable[_Union[FragmentVersion, _Mapping]]] = ..., standings: _Optional[_Iterable[_Union[Standing, _Mapping]]] = ...) -> None: ...
+
+class Standing(_message.Message):
+    __slots__ = ("fragment", "counted_base", "staged_base")
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_BASE_FIELD_NUMBER: _ClassVar[int]
+    STAGED_BASE_FIELD_NUMBER: _ClassVar[int]
+    fragment: int
+    counted_base: int
+    staged_base: int
+    def __init__(self, fragment: _Optional[int] = ..., counted_base: _Optional[int] = ..., staged_base: _Optional[int] = ...) -> None: ...
 
 class SeedWanted(_message.Message):
     __slots__ = ()
@@ -289,6 +303,10 @@ class Shard(_message.Message):
     count: int
     def __init__(self, index: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
+class Beat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Stop(_message.Message):
     __slots__ = ("reason",)
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -310,10 +328,12 @@ class Committed(_message.Message):
     def __init__(self, fragment: _Optional[int] = ..., version: _Optional[int] = ..., fate: _Optional[_Union[Fate, str]] = ..., digest: _Optional[int] = ..., base_version: _Optional[int] = ...) -> None: ...
 
 class AllFinished(_message.Message):
-    __slots__ = ("versions",)
+    __slots__ = ("versions", "flush")
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
     versions: _containers.RepeatedCompositeFieldContainer[FragmentVersion]
-    def __init__(self, versions: _Optional[_Iterable[_Union[FragmentVersion, _Mapping]]] = ...) -> None: ...
+    flush: int
+    def __init__(self, versions: _Optional[_Iterable[_Union[FragmentVersion, _Mapping]]] = ..., flush: _Optional[int] = ...) -> None: ...
 
 class Draining(_message.Message):
     __slots__ = ("reason",)
@@ -398,20 +418,26 @@ class Outcome(_message.Message):
     def __init__(self, kind: _Optional[_Union[OutcomeKind, str]] = ..., version: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("run_id", "fragment", "snapshot", "since_version", "skip_frames", "item_version")
+    __slots__ = ("run_id", "fragment", "snapshot", "since_version", "skip_frames", "item_version", "stripes", "stripe", "kept")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     SINCE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SKIP_FRAMES_FIELD_NUMBER: _ClassVar[int]
     ITEM_VERSION_FIELD_NUMBER: _ClassVar[int]
+    STRIPES_FIELD_NUMBER: _ClassVar[int]
+    STRIPE_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     fragment: int
     snapshot: bool
     since_version: int
     skip_frames: int
     item_version: int
-    def __init__(self, run_id: _Optional[str] = ..., fragment: _Optional[int] = ..., snapshot: bool = ..., since_version: _Optional[int] = ..., skip_frames: _Optional[int] = ..., item_version: _Optional[int] = ...) -> None: ...
+    stripes: int
+    stripe: int
+    kept: int
+    def __init__(self, run_id: _Optional[str] = ..., fragment: _Optional[int] = ..., snapshot: bool = ..., since_version: _Optional[int] = ..., skip_frames: _Optional[int] = ..., item_version: _Optional[int] = ..., stripes: _Optional[int] = ..., stripe: _Optional[int] = ..., kept: _Optional[int] = ...) -> None: ...
 
 class PullReply(_message.Message):
     __slots__ = ("item", "frame")
@@ -440,7 +466,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RunDescription(_message.Message):
-    __slots__ = ("run_id", "protocol", "config", "manifest", "layout_fingerprint", "seeded")
+    __slots__ = ("run_id", "protocol", "config", "manifest", "layout_fingerprint", "seeded", "kept")
     class ConfigEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -454,13 +480,25 @@ class RunDescription(_message.Message):
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SEEDED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     protocol: int
     config: _containers.ScalarMap[str, str]
     manifest: Manifest
     layout_fingerprint: int
     seeded: bool
-    def __init__(self, run_id: _Optional[str] = ..., protocol: _Optional[int] = ..., config: _Optional[_Mapping[str, str]] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., layout_fingerprint: _Optional[int] = ..., seeded: bool = ...) -> None: ...
+    kept: _containers.RepeatedCompositeFieldContainer[KeptSnapshot]
+    def __init__(self, run_id: _Optional[str] = ..., protocol: _Optional[int] = ..., config: _Optional[_Mapping[str, str]] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., layout_fingerprint: _Optional[int] = ..., seeded: bool = ..., kept: _Optional[_Iterable[_Union[KeptSnapshot, _Mapping]]] = ...) -> None: ...
+
+class KeptSnapshot(_message.Message):
+    __slots__ = ("number", "versions", "saved_at")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_AT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    saved_at: float
+    def __init__(self, number: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., saved_at: _Optional[float] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ("rounds",)
@@ -469,7 +507,7 @@ class StatusRequest(_message.Message):
     def __init__(self, rounds: _Optional[int] = ...) -> None: ...
 
 class RunStatus(_message.Message):
-    __slots__ = ("run_id", "state", "uptime_seconds", "parameters", "rounds", "bytes_in", "bytes_out", "workers", "fragments", "config", "tokens", "stopped")
+    __slots__ = ("run_id", "state", "uptime_seconds", "parameters", "rounds", "bytes_in", "bytes_out", "workers", "fragments", "config", "tokens", "stopped", "rates", "storage", "sessions", "version")
     class ConfigEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -489,6 +527,10 @@ class RunStatus(_message.Message):
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOPPED_FIELD_NUMBER: _ClassVar[int]
+    RATES_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     state: str
     uptime_seconds: float
@@ -501,7 +543,55 @@ class RunStatus(_message.Message):
     config: _containers.ScalarMap[str, str]
     tokens: int
     stopped: str
-    def __init__(self, run_id: _Optional[str] = ..., state: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., parameters: _Optional[int] = ..., rounds: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., fragments: _Optional[_Iterable[_Union[FragmentStatus, _Mapping]]] = ..., config: _Optional[_Mapping[str, str]] = ..., tokens: _Optional[int] = ..., stopped: _Optional[str] = ...) -> None: ...
+    rates: Rates
+    storage: Storage
+    sessions: int
+    version: str
+    def __init__(self, run_id: _Optional[str] = ..., state: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., parameters: _Optional[int] = ..., rounds: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., fragments: _Optional[_Iterable[_Union[FragmentStatus, _Mapping]]] = ..., config: _Optional[_Mapping[str, str]] = ..., tokens: _Optional[int] = ..., stopped: _Optional[str] = ..., rates: _Optional[_Union[Rates, _Mapping]] = ..., storage: _Optional[_Union[Storage, _Mapping]] = ..., sessions: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+
+class Rates(_message.Message):
+    __slots__ = ("rounds_per_hour", "tokens_per_second", "bytes_in_per_second", "bytes_out_per_second", "bytes_out_per_day")
+    ROUNDS_PER_HOUR_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    BYTES_IN_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    BYTES_OUT_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    BYTES_OUT_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    rounds_per_hour: float
+    tokens_per_second: float
+    bytes_in_per_second: float
+    bytes_out_per_second: float
+    bytes_out_per_day: float
+    def __init__(self, rounds_per_hour: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., bytes_in_per_second: _Optional[float] = ..., bytes_out_per_second: _Optional[float] = ..., bytes_out_per_day: _Optional[float] = ...) -> None: ...
+
+class Storage(_message.Message):
+    __slots__ = ("durability", "directory", "journal_bytes", "journal_written", "journal_segments", "fsyncs", "fsync_seconds", "snapshots", "snapshot_bytes", "snapshot_rounds", "snapshot_age_seconds", "free_bytes", "trouble")
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    JOURNAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    JOURNAL_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    JOURNAL_SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    FSYNCS_FIELD_NUMBER: _ClassVar[int]
+    FSYNC_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    durability: str
+    directory: str
+    journal_bytes: int
+    journal_written: int
+    journal_segments: int
+    fsyncs: int
+    fsync_seconds: float
+    snapshots: int
+    snapshot_bytes: int
+    snapshot_rounds: int
+    snapshot_age_seconds: float
+    free_bytes: int
+    trouble: str
+    def __init__(self, durability: _Optional[str] = ..., directory: _Optional[str] = ..., journal_bytes: _Optional[int] = ..., journal_written: _Optional[int] = ..., journal_segments: _Optional[int] = ..., fsyncs: _Optional[int] = ..., fsync_seconds: _Optional[float] = ..., snapshots: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ..., snapshot_rounds: _Optional[int] = ..., snapshot_age_seconds: _Optional[float] = ..., free_bytes: _Optional[int] = ..., trouble: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("worker_id", "state", "seen_seconds", "counted", "not_counted", "last", "shard", "sync_every", "steps_per_second")
@@ -526,7 +616,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., state: _Optional[str] = ..., seen_seconds: _Optional[float] = ..., counted: _Optional[int] = ..., not_counted: _Optional[int] = ..., last: _Optional[_Union[Heartbeat, _Mapping]] = ..., shard: _Optional[int] = ..., sync_every: _Optional[int] = ..., steps_per_second: _Optional[float] = ...) -> None: ...
 
 class FragmentStatus(_message.Message):
-    __slots__ = ("index", "kind", "parameters", "version", "digest", "contributed", "waiting_for", "open_seconds", "round_seconds", "update_bytes", "rounds")
+    __slots__ = ("index", "kind", "parameters", "version", "digest", "contributed", "waiting_for", "open_seconds", "round_seconds", "update_bytes", "rounds", "waits")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -538,6 +628,7 @@ class FragmentStatus(_message.Message):
     ROUND_SECONDS_FIELD_NUMBER: _ClassVar[int]
     UPDATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
     index: int
     kind: str
     parameters: int
@@ -549,19 +640,36 @@ class FragmentStatus(_message.Message):
     round_seconds: float
     update_bytes: int
     rounds: _containers.RepeatedCompositeFieldContainer[RoundStatus]
-    def __init__(self, index: _Optional[int] = ..., kind: _Optional[str] = ..., parameters: _Optional[int] = ..., version: _Optional[int] = ..., digest: _Optional[int] = ..., contributed: _Optional[_Iterable[str]] = ..., waiting_for: _Optional[_Iterable[str]] = ..., open_seconds: _Optional[float] = ..., round_seconds: _Optional[float] = ..., update_bytes: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundStatus, _Mapping]]] = ...) -> None: ...
+    waits: _containers.RepeatedCompositeFieldContainer[Wait]
+    def __init__(self, index: _Optional[int] = ..., kind: _Optional[str] = ..., parameters: _Optional[int] = ..., version: _Optional[int] = ..., digest: _Optional[int] = ..., contributed: _Optional[_Iterable[str]] = ..., waiting_for: _Optional[_Iterable[str]] = ..., open_seconds: _Optional[float] = ..., round_seconds: _Optional[float] = ..., update_bytes: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundStatus, _Mapping]]] = ..., waits: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ...) -> None: ...
+
+class Wait(_message.Message):
+    __slots__ = ("worker_id", "seconds", "at_most", "bound")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    AT_MOST_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    seconds: float
+    at_most: float
+    bound: str
+    def __init__(self, worker_id: _Optional[str] = ..., seconds: _Optional[float] = ..., at_most: _Optional[float] = ..., bound: _Optional[str] = ...) -> None: ...
 
 class RoundStatus(_message.Message):
-    __slots__ = ("version", "members", "missed", "open_seconds")
+    __slots__ = ("version", "members", "missed", "open_seconds", "fill_seconds", "grace_seconds")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     MISSED_FIELD_NUMBER: _ClassVar[int]
     OPEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FILL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GRACE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     version: int
     members: _containers.RepeatedCompositeFieldContainer[RoundMember]
     missed: _containers.RepeatedScalarFieldContainer[str]
     open_seconds: float
-    def __init__(self, version: _Optional[int] = ..., members: _Optional[_Iterable[_Union[RoundMember, _Mapping]]] = ..., missed: _Optional[_Iterable[str]] = ..., open_seconds: _Optional[float] = ...) -> None: ...
+    fill_seconds: float
+    grace_seconds: float
+    def __init__(self, version: _Optional[int] = ..., members: _Optional[_Iterable[_Union[RoundMember, _Mapping]]] = ..., missed: _Optional[_Iterable[str]] = ..., open_seconds: _Optional[float] = ..., fill_seconds: _Optional[float] = ..., grace_seconds: _Optional[float] = ...) -> None: ...
 
 class RoundMember(_message.Message):
     __slots__ = ("worker_id", "weight", "norm", "scale", "waited_seconds", "tokens", "steps", "staleness")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-import grpc
+from typing import cast
 
 from . import outer_pb2 as pb
 from .codec.formats import Format
-from .errors import ERROR_KEY, DilocoError, UnsupportedModel, from_wire
+from .errors import UnsupportedModel, error_from_rpc
 from .manifest import Manifest, Role, TensorSpec
+
+__all__ = ["codec_to_pb", "error_from_rpc", "manifest_from_pb", "manifest_to_pb"]
 
 _ROLE_TO_PB = {Role.TRAINED: pb.ROLE_TRAINED, Role.BUFFER: pb.ROLE_BUFFER, Role.FROZEN: pb.ROLE_FROZEN}
 _ROLE_FROM_PB = {number: role for role, number in _ROLE_TO_PB.items()}
@@ -37,12 +37,3 @@ def manifest_from_pb(message: pb.Manifest) -> Manifest:
 def codec_to_pb(fmt: Format) -> pb.Codec:
     """The wire's number of a format; they are the same."""
     return cast(pb.Codec, int(fmt))
-
-
-def error_from_rpc(error: grpc.RpcError) -> DilocoError | None:
-    """The typed error that the server answered with, or None if the failure is the connection's."""
-    metadata: Any = error.trailing_metadata()
-    for key, value in metadata or ():
-        if key == ERROR_KEY:
-            return from_wire(str(value), error.details() or "")
-    return None

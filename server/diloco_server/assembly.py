@@ -71,8 +71,10 @@ class Assembly:
     for the same place gets an assembly of its own.
     """
 
-    def __init__(self, fragment: Fragment, fmt: Format, work: Work = Work()) -> None:
+    def __init__(self, fragment: Fragment, fmt: Format, work: Work = Work(), serial: int = 0) -> None:
         spec = fmt.spec
+        self.serial = serial
+        """Under which its frames are kept on disk."""
         self.fragment = fragment
         self.format = fmt
         self.work = work
@@ -81,6 +83,14 @@ class Assembly:
         self._scales = np.zeros(fragment.num_blocks * spec.scale_bytes, np.uint8)
         self._codes = np.zeros(fragment.num_blocks * spec.code_bytes, np.uint8)
         self._claims: dict[int, Place] = {}
+        self.streams = 0
+        """How many bring it frames now."""
+        self.closed = False
+        """It is complete and was taken, or of no use any more: what streams still bring is not needed."""
+
+    @property
+    def nbytes(self) -> int:
+        return self._scales.nbytes + self._codes.nbytes
 
     def claim(self, places: Sequence[Place]) -> bool:
         """Announce a stream's frames. False when other bytes were announced for a block of theirs."""

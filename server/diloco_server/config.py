@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from diloco_proto.options import option
 from diloco_proto.schedule import Schedule
 from diloco_proto.wire import codec_to_pb
 
+from .logs import FORMATS, LEVELS
 from .outer import OuterSettings
 
 AUTO = "auto"
@@ -204,31 +206,77 @@ class RunConfig:
         return {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in values.items()}
 
 
+_ADVERTISED = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
     """The settings of the daemon itself.
 
-    Raises ConfigError for an address beyond loopback without `insecure`.
+    Raises ConfigError for values that can never work, or contradict each other.
     """
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(50051, "Port to listen on; 0 picks a free one.")
+    state_dir: Path | None = option(Path("diloco-state"), "Directory for the run's state, keys and tokens.")
+    durability: str = option(
+        "journal",
+        "What survives a crash: `journal`: all that was acknowledged; `snapshots`: the last snapshot, and workers go "
+        "back to it.",
+        choices=("journal", "snapshots"),
+    )
+    snapshot_every: int = option(50, "Rounds from one snapshot to the next.")
+    keep_snapshots: int = option(3, "Snapshots that are kept; --rollback reaches back to the oldest.")
+    new: bool = option(False, "Begin a new run, even if the state directory holds one; that is moved to its old/.")
+    rollback: int | None = option(None, "Go back to this version: undo all rounds since, and keep them in old/.")
     init: Path | None = option(None, "Safetensors file with the initial parameters; else the first worker's.")
+    secure: bool = option(False, "TLS and tokens on loopback too; beyond loopback they are always on.")
     insecure: bool = option(False, "Listen beyond loopback without TLS and token. Anybody who reaches it can join.")
+    advertise: str = option("", "HOST or HOST:PORT under which workers reach this server, for the join URL.")
+    tls_cert: Path | None = option(None, "Your own certificate (PEM, with its chain); else the server makes one.")
+    tls_key: Path | None = option(None, "Its key (PEM, without a password).")
+    client_ca: Path | None = option(None, "mTLS: clients must show a certificate signed by one of these (PEM).")
     port_file: Path | None = option(None, "Write the port here once the server listens.")
+    drain_seconds: float = option(30.0, "After SIGTERM: time to finish what runs and end; then the server just exits.")
+    metrics_port: int = option(0, "Serve metrics to Prometheus at http://METRICS_HOST:PORT/metrics; 0: do not.")
+    metrics_host: str = option("127.0.0.1", "Address for the metrics. They ask for no token and are not encrypted.")
+    log_format: str = option("text", "Lines for people, or one JSON object a line.", choices=FORMATS)
+    log_level: str = option("info", "The least that is logged; `debug` has a line for every round.", choices=LEVELS)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be between 0 and 65535")
-        if not _is_loopback(self.host) and not self.insecure:
-            raise ConfigError(
-                f"refusing to listen on {self.host}: it is not a loopback address, and this version has neither "
-                "TLS nor tokens. Use a tunnel (ssh -L 50051:127.0.0.1:50051 …), or --insecure on a private network"
-            )
+        if not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(f"metrics_port is {self.metrics_port}; it must be between 0 and 65535")
+        if not 0 < self.drain_seconds < math.inf:
+            raise ConfigError(f"drain_seconds is {self.drain_seconds}; it must be greater than 0")
+        self._check_security()
+        if self.snapshot_every < 1:
+            raise ConfigError(f"snapshot_every is {self.snapshot_every}; it must be at least 1")
+        if self.keep_snapshots < 1:
+            raise ConfigError(f"keep_snapshots is {self.keep_snapshots}; it must be at least 1")
+        if self.rollback is not None and (self.rollback < 0 or self.new or self.state_dir is None):
+            raise ConfigError("rollback takes a version, 0 or more, of the run in the state directory; not with --new")
         if self.init is not None and not self.init.is_file():
             raise ConfigError(f"init is {self.init}, which is no file")
         if self.port_file is not None and not self.port_file.parent.is_dir():
             raise ConfigError(f"port_file is {self.port_file}, but {self.port_file.parent} is no directory")
+
+    def _check_security(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key go together: one is given without the other")
+        asked = [n for n in ("secure", "tls_cert", "client_ca") if getattr(self, n)]
+        if self.insecure and asked:
+            raise ConfigError(f"insecure turns TLS and tokens off, and {asked[0]} asks for them: leave one out")
+        if self.advertise and not _ADVERTISED.fullmatch(self.advertise):
+            raise ConfigError(f"advertise is {self.advertise!r}; write HOST or HOST:PORT, an IPv6 address in brackets")
+
+    @property
+    def guarded(self) -> bool:
+        """TLS, and a token for every call."""
+        if self.insecure:
+            return False
+        return self.secure or self.tls_cert is not None or self.client_ca is not None or not _is_loopback(self.host)
 
 
 def _is_auto_or(value: str | int, least: int) -> bool:

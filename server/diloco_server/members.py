@@ -6,13 +6,21 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.errors import NotMember, Superseded
+from diloco_proto.errors import InvalidContribution, NotMember, Superseded
 
 from .pace import Speed
 from .rounds import RoundRecord
 
+COUNTS = ("step", "steps", "tokens", "bytes_up", "bytes_down", "train_seconds", "stall_seconds")
+
+MOST_COUNTED = 1 << 53
+"""Of any of these; beyond it neither a double nor JSON tells two numbers apart."""
+
 KEPT_GONE = 256
 """Workers that are gone and still remembered, for status and so that an older process of theirs is refused."""
+
+BEAT_SHARE = 1 / 5
+"""Of the lease: how often a worker is to send a heartbeat."""
 
 CUT_SHARE = 1 / 3
 """Of the lease: so long a worker whose connection broke may take to come back. A process that was killed breaks it
@@ -42,6 +50,8 @@ class Member:
     """Its share of the data; see `Members.shards`."""
     sync_every: int = 0
     """Its H; 0 before it was ready."""
+    start_step: int = 0
+    """The inner step at which it was told to begin."""
     speed: Speed = field(default_factory=Speed)
     cut_at: float | None = None
     """When its connection broke, if it has not come back."""
@@ -61,6 +71,11 @@ class Member:
     def live(self) -> bool:
         return self.state is not MemberState.GONE
 
+    @property
+    def step(self) -> int:
+        """How far it is known to have come, in the run's count."""
+        return max(self.start_step, self.last.step)
+
     def moves(self, now: float) -> None:
         """Its training goes on."""
         self.moved, self.hung = now, False
@@ -74,8 +89,15 @@ class Member:
             self.not_counted += 1
 
     def hears(self, beat: pb.Heartbeat, now: float) -> None:
+        """Raises InvalidContribution for numbers that nobody can have counted: they would come back as those of all."""
+        for name in COUNTS:
+            if not 0 <= getattr(beat, name) <= MOST_COUNTED:
+                raise InvalidContribution(
+                    f"worker {self.worker_id!r} sent a heartbeat in which {name} is {getattr(beat, name)}"
+                )
         self.seen = now
-        self.speed.hear(self.last, beat)
+        if self.state is MemberState.READY and beat.steps:  # before that it only waits for others
+            self.speed.hear(self.last, beat)
         if beat.step > self.last.step:
             self.moves(now)
         self.last = beat
@@ -113,6 +135,7 @@ class Members:
             former, known = known, Member(worker_id, generation, now, now, self._free_shard(known))
             if former is not None:
                 known.counted, known.not_counted = former.counted, former.not_counted
+                known.start_step = former.step
             self._by_id[worker_id] = known
             self._forget()
         elif known.state is MemberState.GONE:
@@ -134,6 +157,10 @@ class Members:
         for member in gone[: max(0, len(gone) - KEPT_GONE)]:
             del self._by_id[member.worker_id]
 
+    def restore(self, member: Member) -> None:
+        """Put a member back, in place of what was known of it."""
+        self._by_id[member.worker_id] = member
+
     def get(self, worker_id: str, generation: int) -> Member:
         """The live member of that id and generation. Raises Superseded or NotMember."""
         member = self._by_id.get(worker_id)
@@ -151,6 +178,11 @@ class Members:
     def _expiry(self, member: Member) -> float:
         lease = member.seen + self.lease_seconds
         return lease if member.cut_at is None else min(lease, member.cut_at + CUT_SHARE * self.lease_seconds)
+
+    def silent_until(self, member: Member, now: float) -> float | None:
+        """When a member that is overdue with its heartbeat is given up; None while it beats."""
+        silent = member.cut_at is not None or now - member.seen > 2 * BEAT_SHARE * self.lease_seconds
+        return self._expiry(member) if silent else None
 
     def expired(self, now: float) -> list[Member]:
         """Live members whose lease has run out."""

@@ -38,6 +38,11 @@ class Committed:
     update: Update
     staged: tuple[Contribution, ...]
 
+    @property
+    def void(self) -> bool:
+        """The contributions overflow together, and none was counted."""
+        return not self.close.contributions
+
     def event(self, worker_id: str, asynchronous: bool) -> pb.Committed:
         """What a worker is told of it. A synchronous round settles whatever was, or still will be, pushed against its
         base; an asynchronous one settles the one contribution that it is made of."""
@@ -86,12 +91,28 @@ class Model:
     @property
     def tokens(self) -> int:
         """Tokens behind what every fragment has counted."""
-        return min(self._tokens)
+        return min(self._tokens[: self.layout.num_trained])
+
+    def tokens_of(self, fragment: int) -> int:
+        """Tokens behind what the fragment has counted."""
+        return self._tokens[fragment]
+
+    def restore_tokens(self, fragment: int, tokens: int) -> None:
+        self._tokens[fragment] = tokens
+
+    def serials(self) -> set[int]:
+        """Of the contributions whose frames may still be needed."""
+        return self.pushes.serials() | {c.serial for c in self.rounds.waiting()}
 
     @property
     def complete_rounds(self) -> int:
         """Rounds that every trained fragment has had."""
         return min(self.parameters.version(p) for p in range(self.layout.num_trained))
+
+    @property
+    def outer_steps(self) -> int:
+        """Of all fragments together."""
+        return sum(self.parameters.version(f.index) for f in self.layout.scheduled)
 
     def end(self) -> str:
         """What the run has had, once that is all it was to have; else empty."""
@@ -157,6 +178,7 @@ class Model:
             since_version=assembly.work.since_version,
             norm=prepared,
             arrived=now,
+            serial=assembly.serial,
         )
         return self._outcome(self.rounds.stage(contribution, now), key.fragment)
 

@@ -117,6 +117,11 @@ class FragmentState:
         arrays = (self.theta, self.momentum, self.residual, self.buffer)
         return Bounds(*(0.0 if a is None else kernels.largest_magnitude(a) for a in arrays))
 
+    def arrays(self) -> dict[str, Floats]:
+        """By name, those that this optimizer has."""
+        named = {"theta": self.theta, "momentum": self.momentum, "residual": self.residual, "buffer": self.buffer}
+        return {name: array for name, array in named.items() if array is not None}
+
     def part(self, cut: slice) -> FragmentState:
         """A range of the arrays, as views."""
         momentum = None if self.momentum is None else self.momentum[cut]

@@ -19,6 +19,9 @@ MEMORY = 0.9
 HIGH = 0.9
 """Percentile of the speeds that takes the whole H: one worker that measures itself wrongly sets no pace."""
 
+LEAST_COMPUTED = 1e-6
+"""Seconds between two heartbeats from which a speed can be told."""
+
 DEAD_BAND = 0.05
 """Of H; smaller changes are not worth a new period."""
 
@@ -38,7 +41,7 @@ class Speed:
     def hear(self, before: pb.Heartbeat, now: pb.Heartbeat) -> None:
         """Take in what happened between two heartbeats of one process."""
         computed = (now.train_seconds - now.stall_seconds) - (before.train_seconds - before.stall_seconds)
-        if now.steps < before.steps or computed <= 0:
+        if now.steps < before.steps or computed < LEAST_COMPUTED:
             return
         self._steps = MEMORY * self._steps + (now.steps - before.steps)
         self._seconds = MEMORY * self._seconds + computed

@@ -69,6 +69,10 @@ class Snapshot:
     """None once it has expired: a reader that stands still keeps no array alive."""
     readers: int = 0
 
+    @property
+    def num_frames(self) -> int:
+        return -(-self.num_blocks // _STEP)
+
 
 @dataclass(frozen=True, slots=True)
 class Seed:
@@ -146,6 +150,20 @@ class Parameters:
         assert seed.theta.size == target.fragment.length
         target.state.theta, target.digest = seed.theta, seed.digest
 
+    def state(self, fragment: int) -> FragmentState:
+        """The arrays themselves: to be read while nothing commits."""
+        return self._globals[fragment].state
+
+    def restore(self, fragment: int, version: int, digest: int, arrays: dict[str, Floats]) -> FragmentState:
+        """Take these arrays over as the fragment's state at `version`; returns it."""
+        target = self._globals[fragment]
+        assert {n for n, a in target.state.arrays().items() if a.size} == arrays.keys()
+        assert all(a.size == target.fragment.length for a in arrays.values())
+        for name, array in arrays.items():
+            setattr(target.state, name, array)
+        target.version, target.digest = version, digest
+        return target.state
+
     def commit(
         self,
         fragment: int,
@@ -212,9 +230,14 @@ class Parameters:
             return None
         return wanted
 
-    def pin(self, fragment: int) -> Snapshot:
-        """The fragment as it is now, held still until `unpin`."""
+    def pin(self, fragment: int, version: int | None = None) -> Snapshot:
+        """The fragment as it is now, or as it was at this version if other readers still hold that; held still until
+        `unpin`."""
         target = self._globals[fragment]
+        old = target.old_snapshot
+        if old is not None and old.version == version and old.theta is not None:
+            old.readers += 1
+            return old
         if target.snapshot is None:
             theta, blocks = target.state.theta, target.fragment.num_blocks
             target.snapshot = Snapshot(fragment, target.version, blocks, target.digest, theta)
@@ -231,13 +254,13 @@ class Parameters:
                 target.old_snapshot = None
 
 
-def snapshot_frames(snapshot: Snapshot, skip: int) -> Iterator[bytes]:
-    """Serialized PullReply of each fp32 frame from frame `skip` on, made one at a time.
+def snapshot_frames(snapshot: Snapshot, first: int, stop: int | None = None) -> Iterator[bytes]:
+    """Serialized PullReply of each fp32 frame from frame `first` on, or up to frame `stop`, made one at a time.
 
     Raises SnapshotExpired when the fragment moved on twice meanwhile.
     """
-    for first in range(skip * _STEP, snapshot.num_blocks, _STEP):
-        yield _snapshot_frame(snapshot, first)
+    for number in range(first, snapshot.num_frames if stop is None else stop):
+        yield _snapshot_frame(snapshot, number * _STEP)
 
 
 def _snapshot_frame(snapshot: Snapshot, first: int) -> bytes:
@@ -251,14 +274,13 @@ def _snapshot_frame(snapshot: Snapshot, first: int) -> bytes:
     return pb.PullReply(frame=pack_frames(encoded, first)[0]).SerializeToString()
 
 
-def snapshot_item(snapshot: Snapshot, skip: int) -> pb.Item:
+def snapshot_item(snapshot: Snapshot, first: int, stop: int | None = None) -> pb.Item:
     """The announcement of `snapshot_frames`."""
-    total = -(-snapshot.num_blocks // _STEP)
     return pb.Item(
         kind=pb.ITEM_SNAPSHOT,
         version=snapshot.version,
         codec=pb.CODEC_FP32,
-        frames=max(0, total - skip),
+        frames=max(0, (snapshot.num_frames if stop is None else stop) - first),
         digest=snapshot.digest,
     )
 

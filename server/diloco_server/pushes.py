@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Format, decode_fragment, kernels
-from diloco_proto.errors import InvalidContribution
+from diloco_proto.errors import ConnectionClosed, InvalidContribution, TooMuchInFlight
 from diloco_proto.manifest import Fragment, Layout, Role
 
 from .assembly import Assembly, Place, Work, frame_places
 from .parameters import Seed, prepare_seed
 from .rounds import Key
+
+MOST_WORK = 1 << 40
+"""Tokens, and steps, of one contribution: far beyond what anybody computes, so that their sum over a run stays a number
+that fits its fields."""
+
+LEAST_IN_FLIGHT = 1 << 30
+"""Bytes of incomplete contributions for which there is room at least, however small the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,15 @@ class Ticket:
     def places(self) -> tuple[Place, ...]:
         return self.announced.places
 
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """A stream brings frames within the block."""
+        self.assembly.streams += 1
+        try:
+            yield
+        finally:
+            self.assembly.streams -= 1
+
     def prepare(self) -> Seed | float | None:
         """What is to be computed from a push that is complete: the seed, or a contribution's L2 norm.
 
@@ -71,12 +89,17 @@ class _Filling:
 
 
 class Pushes:
-    """The incomplete contributions and seeds of one model, by key."""
+    """The incomplete contributions and seeds of one model, by key: one a worker and fragment, and together no more
+    than `max_bytes`. What nobody is filling makes room for what somebody wants to."""
 
     def __init__(self, layout: Layout, uplink: Format) -> None:
         self._layout = layout
         self._uplink = uplink
         self._assemblies: dict[Key, _Filling] = {}
+        self.next_serial = 1
+        parameters = sum(f.num_blocks for f in layout.fragments)
+        self.max_bytes = max(LEAST_IN_FLIGHT, parameters * Format.FP32.spec.code_bytes)
+        """As many as theta has."""
 
     def read(self, header: pb.PushHeader) -> Announcement:
         """Check a header. Raises InvalidContribution, naming the worker and what it should have sent."""
@@ -88,7 +111,8 @@ class Pushes:
     def claim(self, announced: Announcement) -> Ticket:
         """Make room for the announced frames, beside those that other streams of the same contribution bring.
 
-        Raises InvalidContribution when the streams of one contribution disagree on the work behind it.
+        Raises InvalidContribution when the streams of one contribution disagree on the work behind it,
+        TooMuchInFlight when there is no room, and ConnectionClosed for what the worker has given up.
         """
         header, key = announced.header, announced.key
         filling = self._assemblies.get(key)
@@ -96,10 +120,12 @@ class Pushes:
         if assembly is None or not assembly.claim(announced.places):
             # Nothing incomplete was ever acknowledged: a worker that starts over may bring other bytes. Nor may parts
             # of two processes be mixed.
-            assembly = Assembly(announced.fragment, announced.format, Work.of(header))
+            assembly = Assembly(announced.fragment, announced.format, Work.of(header), self.next_serial)
             fits = assembly.claim(announced.places)
             assert fits, "the frames of one stream do not overlap"
+            self._make_room(key, assembly)
             self._assemblies[key] = _Filling(header.generation, assembly)
+            self.next_serial += 1
         elif assembly.work != Work.of(header):
             raise InvalidContribution(
                 f"worker {key.worker_id!r}, fragment {key.fragment}: one part says {assembly.work}, another "
@@ -114,16 +140,48 @@ class Pushes:
 
     def take(self, ticket: Ticket) -> None:
         """The assembly is complete and leaves."""
-        del self._assemblies[ticket.announced.key]
+        self._drop(ticket.announced.key)
 
     def drop_older(self, fragment: int, version: int) -> None:
         """What is against an older base, and was not complete by now, is of no use."""
         gone = [k for k in self._assemblies if k.fragment == fragment and k.base_version < version]
         for key in gone:
-            del self._assemblies[key]
+            self._drop(key)
+
+    def serials(self) -> set[int]:
+        """Of all that are incomplete."""
+        return {f.assembly.serial for f in self._assemblies.values()}
 
     def clear(self) -> None:
-        self._assemblies.clear()
+        for key in list(self._assemblies):
+            self._drop(key)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that are incomplete."""
+        return sum(f.assembly.nbytes for f in self._assemblies.values())
+
+    def _drop(self, key: Key) -> None:
+        self._assemblies.pop(key).assembly.closed = True
+
+    def _make_room(self, key: Key, assembly: Assembly) -> None:
+        """For a contribution that begins. A worker begins another to a fragment only once it knows the fate of the one
+        before, so what there is of that, or of the same with other bytes, goes."""
+        rivals = [k for k in self._assemblies if (k.fragment, k.worker_id) == (key.fragment, key.worker_id)]
+        if any(k.base_version > key.base_version for k in rivals):
+            raise ConnectionClosed(
+                f"worker {key.worker_id!r} has begun a newer contribution to fragment {key.fragment}"
+            )
+        for rival in rivals:
+            self._drop(rival)
+        idle = [k for k, f in self._assemblies.items() if not f.assembly.streams]
+        while self._assemblies and self.nbytes + assembly.nbytes > self.max_bytes:
+            if not idle:
+                raise TooMuchInFlight(
+                    f"contributions of {self.nbytes >> 20} MiB are on their way, and with this one they would be more "
+                    f"than the {self.max_bytes >> 20} MiB that this server takes at once; later there is room"
+                )
+            self._drop(idle.pop(0))  # the oldest; its worker sends it again from the start
 
     def _fragment(self, header: pb.PushHeader) -> Fragment:
         who = f"worker {header.worker_id!r}"
@@ -134,6 +192,11 @@ class Pushes:
         elif header.purpose == pb.PURPOSE_CONTRIBUTION:
             if header.tokens < 1 or header.steps < 1:
                 raise InvalidContribution(f"{who} pushed a contribution without any step or token behind it")
+            if max(header.tokens, header.steps) > MOST_WORK:
+                raise InvalidContribution(
+                    f"{who} pushed a contribution of {header.tokens} tokens and {header.steps} steps; "
+                    f"the most of either is {MOST_WORK}"
+                )
             if header.since_version > header.base_version:
                 raise InvalidContribution(
                     f"{who} pushed steps taken since version {header.since_version} of fragment {header.fragment} "

@@ -15,7 +15,7 @@ from enum import Enum, auto
 from statistics import median
 
 from diloco_proto.codec.formats import Encoded
-from diloco_proto.errors import InvalidContribution
+from diloco_proto.errors import InvalidContribution, NotReady
 
 from .weights import Weights
 
@@ -52,6 +52,8 @@ class Contribution:
     norm: float
     """L2 norm of the payload."""
     arrived: float
+    serial: int = 0
+    """Under which it is kept on disk; no other of the run has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,10 @@ class RoundRecord:
     missed: tuple[str, ...]
     """Workers that were expected to the end and are not in it."""
     open_seconds: float
+    fill_seconds: float = 0.0
+    """From its first contribution to its last."""
+    grace_seconds: float = 0.0
+    """From its quorum to its close."""
 
     @property
     def counted(self) -> frozenset[str]:
@@ -121,6 +127,8 @@ class Round:
     last_at: float | None = None
     closing: bool = False
     told_stuck: bool = False
+    nobody: bool = False
+    """It opened when no worker was ready."""
 
     @property
     def missing(self) -> set[str]:
@@ -152,14 +160,15 @@ class Rounds:
     ) -> None:
         count = len(weights)
         self._grace = grace
-        self._weights = weights
+        self.weights = weights
         self._asynchronous = asynchronous
         self._open: list[Round | None] = [None] * count
         self._next: list[dict[str, Contribution]] = [{} for _ in range(count)]
         """Asynchronous: what arrived while a round was closing."""
         self._fill_times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._open_times: deque[float] = deque(maxlen=KEPT_TIMES)
-        self._last_counted: list[dict[str, Counted]] = [{} for _ in range(count)]
+        self.last_counted: list[dict[str, Counted]] = [{} for _ in range(count)]
+        """Of each fragment, by worker."""
         self.records: list[deque[RoundRecord]] = [deque(maxlen=KEPT_RECORDS) for _ in range(count)]
         self.floor = 1 if asynchronous else min_workers
         """Contributions without which no round closes; the run lowers it as workers end."""
@@ -170,6 +179,7 @@ class Rounds:
         """Open the round version -> version + 1; `expected` are the live, ready workers of this moment."""
         assert self._open[fragment] is None
         current = self._open[fragment] = Round(version, set() if self._asynchronous else set(expected), now)
+        current.nobody = not current.expected
         waiting = self._next[fragment]
         if waiting:
             first = next(iter(waiting))
@@ -181,11 +191,11 @@ class Rounds:
     def seen_before(self, key: Key, frames: dict[int, int]) -> Stage | None:
         """The fate of a push that need not be received, judged by its frames; None when it is welcome.
 
-        Raises InvalidContribution for a base version that does not exist yet.
+        Raises InvalidContribution for a base version that does not exist yet, NotReady while no round was opened.
         """
         current = self._open[key.fragment]
         if current is None:
-            raise InvalidContribution(f"fragment {key.fragment} has no open round yet")
+            raise NotReady(f"fragment {key.fragment} has no open round yet")
         if key.base_version > current.version:
             raise InvalidContribution(
                 f"worker {key.worker_id!r} pushed fragment {key.fragment} against version {key.base_version}, "
@@ -195,7 +205,7 @@ class Rounds:
             if held is not None and (held.key == key or self._asynchronous):
                 same = held.key == key and frames.items() <= held.frames.items()
                 return Stage.ALREADY_HAVE if same else Stage.CONFLICT
-        last = self._last_counted[key.fragment].get(key.worker_id)
+        last = self.last_counted[key.fragment].get(key.worker_id)
         if last is not None and last.key == key:
             return Stage.COUNTED if frames.items() <= last.frames.items() else Stage.CONFLICT
         if key.base_version < current.version - self.staleness_limit:
@@ -212,13 +222,18 @@ class Rounds:
         known = self.seen_before(key, contribution.frames)
         if known is not None:
             return known
+        self.restage(contribution, now)
+        return Stage.STAGED
+
+    def restage(self, contribution: Contribution, now: float) -> None:
+        """Take a contribution that was staged before a restart: nobody judges it again, however old it is by now."""
+        key = contribution.key
         current = self._open[key.fragment]
         assert current is not None
         if current.closing or (self._asynchronous and current.contributions):
             self._next[key.fragment][key.worker_id] = contribution
         else:
             self._take(current, contribution, now)
-        return Stage.STAGED
 
     def _take(self, current: Round, contribution: Contribution, now: float) -> None:
         current.contributions[contribution.key.worker_id] = contribution
@@ -246,7 +261,7 @@ class Rounds:
 
     def _close(self, fragment: int, current: Round, now: float, delay: int) -> Close:
         members = tuple(current.contributions[w] for w in sorted(current.contributions))
-        weights = self._weights[fragment]
+        weights = self.weights[fragment]
         if self._asynchronous:
             each: tuple[float, ...] = (weights.of_step(members[0], current.version),)
         else:
@@ -260,6 +275,53 @@ class Rounds:
             closed_at=now,
             delay=delay,
         )
+
+    def reclose(self, close: Close) -> None:
+        """Close the open round again as it was once decided; `committed` must follow."""
+        current = self._open[close.fragment]
+        assert current is not None
+        assert current.version == close.base_version
+        current.contributions = {c.key.worker_id: c for c in close.contributions}
+        current.closing = True
+
+    def expect(self, fragment: int, workers: Iterable[str], now: float, *, nobody: bool) -> None:
+        """The open round waits for these, from now on, as if it opened now; `nobody`: no worker was ready then."""
+        current = self._open[fragment]
+        assert current is not None
+        current.expected = set() if self._asynchronous else set(workers)
+        current.nobody, current.opened_at = nobody, now
+        self._note_quorum(current, now)
+
+    def forget_times(self) -> None:
+        """How long rounds took is not known any more."""
+        self._fill_times.clear()
+        self._open_times.clear()
+
+    def await_too(self, worker_id: str) -> None:
+        """A worker is ready: rounds for which nobody was ready yet, and that have nothing, are its rounds too."""
+        for current in self._open:
+            if current is not None and current.nobody and not current.contributions and not self._asynchronous:
+                current.expected.add(worker_id)
+
+    def forget(self, members: set[str]) -> None:
+        """Nothing is remembered of workers that are none of these."""
+        for counted in self.last_counted:
+            for worker_id in counted.keys() - members:
+                del counted[worker_id]
+
+    def waiting(self) -> list[Contribution]:
+        """Contributions whose round is not over yet."""
+        rounds = [list(r.contributions.values()) for r in self._open if r is not None]
+        return [c for group in (*rounds, *(list(later.values()) for later in self._next)) for c in group]
+
+    def standing(self, fragment: int, worker_id: str) -> tuple[int | None, int | None]:
+        """Base versions of the worker's last counted contribution, and of the one whose round is not over; None if
+        there is none."""
+        current, counted = self._open[fragment], self.last_counted[fragment].get(worker_id)
+        staged = self._next[fragment].get(worker_id)
+        if staged is None and current is not None:
+            staged = current.contributions.get(worker_id)
+        return counted.key.base_version if counted else None, staged.key.base_version if staged else None
 
     def holds(self, worker_id: str) -> bool:
         """A contribution of the worker waits in an open round."""
@@ -303,15 +365,15 @@ class Rounds:
 
     def next_deadline(self) -> float | None:
         """When a grace runs out, or None when nothing but an event can close a round."""
-        deadlines = [
-            current.quorum_at + self._grace_now()
-            for current in self._open
-            if current is not None
-            and not current.closing
-            and current.quorum_at is not None
-            and len(current.contributions) >= self.floor
-        ]
-        return min(deadlines, default=None)
+        ends = [self.grace_end(fragment) for fragment in range(len(self._open))]
+        return min((end for end in ends if end is not None), default=None)
+
+    def grace_end(self, fragment: int) -> float | None:
+        """When the grace of the open round runs out (may be inf), or None while it has not begun."""
+        current = self._open[fragment]
+        if current is None or current.closing or current.quorum_at is None or len(current.contributions) < self.floor:
+            return None
+        return current.quorum_at + self._grace_now()
 
     def committed(self, close: Close, now: float) -> RoundRecord:
         """The round of `close` is over; the caller opens the next."""
@@ -324,10 +386,10 @@ class Rounds:
         self._open_times.append(now - current.opened_at)
         record = self._record(close, current, now)
         self.records[close.fragment].append(record)
-        self._weights[close.fragment].counted(close.contributions, close.scales)
+        self.weights[close.fragment].counted(close.contributions, close.scales, close.base_version)
         for c in close.contributions:
             counted = Counted(c.key, c.frames, close.base_version + 1)
-            self._last_counted[close.fragment][c.key.worker_id] = counted
+            self.last_counted[close.fragment][c.key.worker_id] = counted
         self._open[close.fragment] = None
         return record
 
@@ -347,7 +409,15 @@ class Rounds:
             for c, weight, scale in zip(close.contributions, close.weights, close.scales, strict=True)
         )
         missed = current.expected - {m.worker_id for m in members}
-        return RoundRecord(close.base_version + 1, members, tuple(sorted(missed)), now - current.opened_at)
+        first, last, quorum = current.first_at, current.last_at, current.quorum_at
+        return RoundRecord(
+            version=close.base_version + 1,
+            members=members,
+            missed=tuple(sorted(missed)),
+            open_seconds=now - current.opened_at,
+            fill_seconds=0.0 if first is None or last is None else last - first,
+            grace_seconds=0.0 if quorum is None else max(0.0, close.closed_at - quorum),
+        )
 
     @property
     def idle(self) -> bool:

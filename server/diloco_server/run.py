@@ -1,7 +1,7 @@
 """One training run: its members, rounds and global parameters. Pure: time is passed in, in seconds.
 
-Methods take what arrives and leave what is to be told to the workers in `outbox`. The engine delivers it, and
-calls `due`, `commit` (heavy, in a thread) and `publish` in turn.
+Methods take what arrives and leave what is to be told to the workers in `outbox`, and what is to be kept on disk in
+`records`. The engine takes both away, and calls `due`, `commit` (heavy, in a thread) and `publish` in turn.
 """
 
 from __future__ import annotations
@@ -12,63 +12,60 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.channel import PROTOCOL_VERSION
-from diloco_proto.errors import InvalidContribution, ManifestMismatch, NotReady, ProtocolMismatch, RunMismatch
+from diloco_proto.errors import InvalidContribution, NotReady, UnsupportedModel
 from diloco_proto.manifest import Layout, Manifest
 from diloco_proto.wire import manifest_from_pb
 
+from . import admission, keeping
 from .checkpoint import InitialParameters
 from .config import RunConfig
-from .members import Member, Members, MemberState
+from .logs import plain
+from .members import BEAT_SHARE, Member, Members, MemberState
 from .model import Committed, Model
 from .pace import new_paces
 from .parameters import Parameters, Seed
+from .patience import Patience
 from .pushes import Ticket
 from .rounds import Close, Rounds
+from .store import state_pb2 as disk
 
 log = logging.getLogger("diloco.server")
-
-HANG_ROUNDS = 3.0
-"""Times the usual length of a round without a step: then a worker's training hangs, though its heart beats."""
-
-STOOD_STILL = 0.5
-"""Of the lease: when `tick` was not called for so long the server itself stood still, not the workers."""
-
-TICK_SHARE = 0.2
-"""Of the lease: how often `tick` wants to be called while there are workers."""
 
 
 class Run:
     """The state machine of one run. All methods but `commit` belong to one thread."""
 
-    def __init__(self, config: RunConfig, init: InitialParameters | None = None) -> None:
+    def __init__(self, config: RunConfig, init: InitialParameters | None = None, run_id: str = "") -> None:
         self.config = config
-        self.run_id = secrets.token_hex(8)
+        self.run_id = run_id or secrets.token_hex(8)
         self.members = Members(config.lease_seconds, shards=config.min_workers)
         self.outbox: list[tuple[str, pb.SessionEvent]] = []
+        self.records: list[disk.Record] = []
         self.opened = False
-        self.rounds_committed = 0
         self.stopped = ""
         """Why the run has reached its end; empty while it has not."""
+        self.hold_seed = False
+        """Whether nobody is told that the run has parameters until `begin` is called, once they are on disk."""
+        self._begun = False
         self._init = init
         self._model: Model | None = None
         self._barriers = 0
         """How often all workers have finished together."""
-        self._ticked: float | None = None
+        self._patience = Patience(self.members, asynchronous=config.asynchronous)
 
     # -- what the run is --
 
     @property
     def layout(self) -> Layout:
-        return self._must_have_model().layout
+        return self.model.layout
 
     @property
     def parameters(self) -> Parameters:
-        return self._must_have_model().parameters
+        return self.model.parameters
 
     @property
     def rounds(self) -> Rounds:
-        return self._must_have_model().rounds
+        return self.model.rounds
 
     @property
     def manifest(self) -> Manifest | None:
@@ -76,26 +73,44 @@ class Run:
 
     @property
     def seeded(self) -> bool:
-        """The run has parameters."""
-        return self._model is not None and self._model.seeding.done
+        """The run has parameters, and the workers know."""
+        return self._begun
+
+    @property
+    def can_begin(self) -> bool:
+        """All parameters have come; `begin` is next."""
+        return self._model is not None and self._model.seeding.done and not self._begun
+
+    @property
+    def rounds_committed(self) -> int:
+        """Outer steps of all fragments together."""
+        return self._model.outer_steps if self._model else 0
 
     @property
     def tokens(self) -> int:
         """Tokens behind what every fragment has counted."""
         return self._model.tokens if self._model else 0
 
-    def _must_have_model(self) -> Model:
+    @property
+    def model(self) -> Model:
+        """Raises NotReady before the first worker has brought it."""
         if self._model is None:
             raise NotReady("no worker has joined this run yet, so it has no model")
         return self._model
 
+    @property
+    def complete_rounds(self) -> int:
+        """Rounds that every trained fragment has had."""
+        return self._model.complete_rounds if self._model else 0
+
+    def serials(self) -> set[int]:
+        """Of the contributions whose frames may still be needed."""
+        return self._model.serials() if self._model else set()
+
     def check_run_id(self, run_id: str) -> None:
-        """Raises RunMismatch for another run's id; empty fits any."""
-        if run_id and run_id != self.run_id:
-            raise RunMismatch(
-                f"this server runs {self.run_id}, not {run_id}: it was started anew. Start the worker again to join; "
-                "its model holds its local parameters until then"
-            )
+        """Raises RunMismatch for another run's id, RolledBack for this run's before it was rolled back; empty fits
+        any."""
+        admission.check_run_id(run_id, self.run_id)
 
     def check_readable(self, fragment: int) -> None:
         """Raises NotReady or InvalidContribution unless the fragment can be pulled."""
@@ -113,26 +128,24 @@ class Run:
         Raises ProtocolMismatch, RunMismatch, UnsupportedModel, ManifestMismatch (naming the first tensor that
         differs) or Superseded.
         """
-        if hello.protocol != PROTOCOL_VERSION:
-            raise ProtocolMismatch(
-                f"this server speaks protocol {PROTOCOL_VERSION}, the worker {hello.protocol}: "
-                "install the same version of diloco on both"
-            )
-        self.check_run_id(hello.run_id)
-        if not hello.worker_id:
-            raise InvalidContribution("hello without a worker_id")
+        rolled_back = admission.check_hello(hello, self.run_id)
         manifest = manifest_from_pb(hello.manifest)
         model = self._adopt(manifest)
-        difference = model.manifest.first_difference(manifest)
-        if difference:
-            raise ManifestMismatch(f"worker {hello.worker_id!r} has another model than this run: {difference}")
+        admission.check_model(model, manifest, hello.worker_id)
         shards = self.members.shards
         member = self.members.hello(hello.worker_id, hello.generation, now)
+        model.rounds.forget({m.worker_id for m in self.members.all()})
+        if rolled_back:
+            member.state = MemberState.JOINING  # it has to fetch everything anew
         if member.state is MemberState.JOINING:
             # A new process under a known id: nobody waits for what its predecessor still owed.
             model.rounds.no_longer_expected(member.worker_id, now)
-        self._tell(member, welcome=self._welcome(model))
+        if self.can_begin and not self.hold_seed:
+            self.begin()  # from a file
+        self._tell(member, welcome=self._welcome(model, member))
+        self._keep(member)
         if self.members.shards != shards:
+            self._keep_progress()
             self._tell_all(self._tell_shard)
         else:
             self._tell_shard(member)
@@ -144,22 +157,27 @@ class Run:
         current = self._model
         if current is not None and (self.seeded or self.members.live() or current.manifest == manifest):
             return current
-        self._model = Model(self.config, manifest, self._init)
+        try:
+            self._model = Model(self.config, manifest, self._init)
+        except MemoryError as error:
+            gib = sum(t.numel for t in manifest.tensors) * 12 / (1 << 30)
+            raise UnsupportedModel(f"this server has not the {gib:.3g} GiB of memory that the model needs") from error
         self._init = None
         return self._model
 
-    def _welcome(self, model: Model) -> pb.Welcome:
+    def _welcome(self, model: Model, member: Member) -> pb.Welcome:
         return pb.Welcome(
             run_id=self.run_id,
             settings=self.config.to_pb(),
             layout_fingerprint=model.layout.fingerprint,
             seeded=self.seeded,
-            heartbeat_seconds=self.config.lease_seconds / 5,
+            heartbeat_seconds=self.config.lease_seconds * BEAT_SHARE,
             versions=model.parameters.versions() if self.seeded else [],
+            standings=admission.standings(model, member.worker_id),
         )
 
     def _appoint_seeder(self, arrived: Member | None = None) -> None:
-        model = self._must_have_model()
+        model = self.model
         seeder, afresh = model.seeding.appoint(self.members.live(), arrived)
         if afresh:
             model.pushes.clear()
@@ -182,7 +200,8 @@ class Run:
             case "finished":
                 self.finished(member, request.finished.flush, now)
             case "leave":
-                log.info("worker %r left: %s", worker_id, request.leave.reason or "done")
+                reason = plain(request.leave.reason) or "done"
+                log.info("worker %r left: %s", worker_id, reason, extra={"worker": worker_id})
                 self.leave(member, now)
 
     def ready(self, member: Member, now: float) -> None:
@@ -196,23 +215,34 @@ class Run:
             member.sync_every = self.config.sync_every
         elif self.config.dynamic_local_updates:
             self._tell(member, pace=pb.Pace(sync_every=member.sync_every))
+        self._keep(member)
         self._set_floor()
         if self.stopped:
             self._tell(member, stop=pb.Stop(reason=self.stopped))
         if self.opened:
-            self._tell(member, opened=pb.Opened(start_step=self._step(member)))
+            member.start_step = self._step(member)
+            self._tell(member, opened=pb.Opened(start_step=member.start_step))
+            self.rounds.await_too(member.worker_id)
             self.rounds.tell_again()
             return
         ready = self.members.in_state(MemberState.READY)
         if len(ready) < self._needed():
             self._tell_waiting(ready)
             return
-        self.opened = True
-        for fragment in range(self.layout.num_scheduled):
-            self._open_round(fragment, now)
+        self.open(now)
+        log.info("the run is open: %d workers train", len(ready))
         for other in ready:
             other.moves(now)
             self._tell(other, opened=pb.Opened(start_step=0))
+
+    def open(self, now: float) -> None:
+        """Enough workers are here: the first rounds open."""
+        self.opened = True
+        self._keep_progress()
+        for fragment in range(self.layout.num_scheduled):
+            self._open_round(fragment, now)
+            version, digest = self.parameters.version(fragment), self.parameters.digest(fragment)
+            self.records.append(keeping.published(fragment, version, digest, False, self.expected(fragment)))
 
     def _tell_waiting(self, members: Iterable[Member]) -> None:
         """Tell these workers that no round closes until more have joined."""
@@ -227,10 +257,10 @@ class Run:
     def _step(self, joiner: Member) -> int:
         """The run's current inner step, for a worker that joins: that of the furthest of the others who train, else as
         far as anybody is known to have come."""
-        training = [m.last.step for m in self.members.in_state(MemberState.READY) if m is not joiner]
-        known = [m.last.step for m in self.members.all()]
+        training = [m.step for m in self.members.in_state(MemberState.READY) if m is not joiner]
+        known = [m.step for m in self.members.all()]
         if not self.config.asynchronous:  # there versions are no rounds
-            known.append(self._must_have_model().complete_rounds * self.config.sync_every)
+            known.append(self.model.complete_rounds * self.config.sync_every)
         return max(training or known)
 
     def finishing(self, member: Member, now: float) -> None:
@@ -256,54 +286,23 @@ class Run:
 
     def tick(self, now: float) -> None:
         """Let time pass: leases run out, and the patience with workers that beat without training."""
-        gap = 0.0 if self._ticked is None else now - self._ticked
-        if gap > STOOD_STILL * self.config.lease_seconds:
-            self.members.excuse(gap, now)
-        self._ticked = now
-        for member in self.members.expired(now):
-            log.warning(
-                "worker %r was silent for %.0f s and is no longer expected",
-                member.worker_id,
-                now - member.seen,
-            )
+        for member in self._patience.passes(now):
             self.leave(member, now)
-        for member, deadline in self._may_hang():
-            if now >= deadline:
-                log.warning(
-                    "worker %r has taken no step for %.0f s although its heart beats: rounds no longer wait for it",
-                    member.worker_id,
-                    now - member.moved,
-                )
-                member.hung = True
-                self.rounds.no_longer_expected(member.worker_id, now)
+        for member in self._patience.hanging(self.rounds, now) if self._model else ():
+            self._keep(member)
+            self.rounds.no_longer_expected(member.worker_id, now)
 
     def next_deadline(self) -> float | None:
         """When `tick` and `due` have something to do even if nothing arrives."""
-        grace = self._model.rounds.next_deadline() if self._model else None
-        times = [self.members.next_expiry(), grace, *(deadline for _, deadline in self._may_hang())]
-        if self._ticked is not None and self.members.live():
-            times.append(self._ticked + TICK_SHARE * self.config.lease_seconds)
-        return min((t for t in times if t is not None), default=None)
-
-    def _may_hang(self) -> list[tuple[Member, float]]:
-        """The workers whose next step is awaited, and when they are taken to hang.
-
-        Not those of which a contribution waits in a round: they may be waiting for its fate. But when rounds wait
-        for each other in a circle, somebody has to be given up.
-        """
-        if self._model is None or self.config.asynchronous:
-            return []
-        usual, circle = self.rounds.usual_seconds, self.rounds.in_circle()
-        patience = max(HANG_ROUNDS * (usual or 0.0), self.config.lease_seconds)
-        return [
-            (m, m.moved + patience)
-            for m in self.members.in_state(MemberState.READY)
-            if not m.hung and (m.worker_id in circle or (usual is not None and not self.rounds.holds(m.worker_id)))
-        ]
+        rounds = self._model.rounds if self._model else None
+        grace = rounds.next_deadline() if rounds else None
+        times = [*self._patience.deadlines(rounds), *([] if grace is None else [grace])]
+        return min(times, default=None)
 
     def _set_state(self, member: Member, state: MemberState, now: float) -> None:
         member.state = state
         member.done = member.done or state in (MemberState.FINISHING, MemberState.FINISHED)
+        self._keep(member)
         self._set_floor()
         if self._model is not None:
             self._model.rounds.no_longer_expected(member.worker_id, now)
@@ -330,7 +329,7 @@ class Run:
         """
         self.check_run_id(header.run_id)
         self.members.get(header.worker_id, header.generation)
-        return self._must_have_model().begin_push(header, len(self.members.live()))
+        return self.model.begin_push(header, len(self.members.live()))
 
     def finish_push(self, ticket: Ticket, now: float, prepared: Seed | float | None = None) -> pb.Outcome:
         """All frames of the stream are in; `prepared` is `ticket.prepare()`, if it was called beforehand.
@@ -338,13 +337,54 @@ class Run:
         Raises NotMember, Superseded or NonFiniteParameter.
         """
         member = self.members.get(ticket.header.worker_id, ticket.header.generation)
-        seeded = self.seeded
-        outcome = self._must_have_model().finish_push(ticket, now, prepared)
+        prepared = ticket.prepare() if prepared is None else prepared
+        outcome = self.model.finish_push(ticket, now, prepared)
         if outcome.kind == pb.OUTCOME_STAGED:
+            assert isinstance(prepared, float)
+            self.records.append(keeping.staged(ticket, prepared))
             member.moves(now)
-        if self.seeded and not seeded:
-            self._tell_all(lambda m: self._tell(m, seeded=pb.Seeded(versions=self.parameters.versions())))
+        if self.can_begin and not self.hold_seed:
+            self.begin()
         return outcome
+
+    def begin(self) -> None:
+        """The run has parameters: tell the workers."""
+        assert self.can_begin
+        self._begun = True
+        trained = self.layout.trained
+        log.info("the run has parameters: %d in %d fragments", sum(f.parameters for f in trained), len(trained))
+        self._tell_all(lambda m: self._tell(m, seeded=pb.Seeded(versions=self.parameters.versions())))
+
+    # -- after a restart of the server --
+
+    def resume(self, manifest: Manifest) -> Model:
+        """The run goes on with parameters that are about to be restored."""
+        assert self._model is None
+        self._model, self._init = Model(self.config, manifest, None), None
+        self._model.seeding.restored()
+        self._begun = True
+        return self._model
+
+    def restore(self, progress: disk.Progress) -> None:
+        """What the run had come to."""
+        self.stopped, self._barriers, self.members.shards = progress.stopped, progress.barriers, progress.shards
+        if progress.opened and not self.opened:
+            self.open(0.0)
+
+    def redo(self, close: Close, threads: Executor | None) -> None:
+        """Make the outer step of a round again that was decided before the restart."""
+        self.rounds.reclose(close)
+        record = self.model.publish(self.commit(close, threads), 0.0)
+        for member in self.members.live():
+            member.hears_of(record, 0.0)
+        self._open_round(close.fragment, 0.0)
+
+    def recovered(self) -> None:
+        """All is as it was: nothing of how it came back is to be told or kept."""
+        self._set_floor()
+        self.rounds.forget_times()
+        self.outbox.clear()
+        self.records.clear()
 
     # -- rounds --
 
@@ -355,22 +395,26 @@ class Run:
         for waiting in self._model.rounds.stuck():
             # They must not wait for a fate that may never come: a newcomer would not find them training.
             self._tell_waiting([m for m in self.members.live() if m.worker_id in waiting])
-        return self._model.rounds.due(now, self.config.buffered(len(self.members.live())))
+        closes = self._model.rounds.due(now, self.config.buffered(len(self.members.live())))
+        self.records += [keeping.closed(close) for close in closes]
+        return closes
 
     def commit(self, close: Close, threads: Executor | None = None) -> Committed:
         """The outer step of a close. Heavy; touches only its own fragment's parameters, so any thread may run it."""
-        return self._must_have_model().commit(close, threads)
+        return self.model.commit(close, threads)
 
     def publish(self, committed: Committed, now: float) -> None:
         """The new version is out: tell every worker its fate and open the next round."""
-        fragment = committed.close.fragment
-        record = self._must_have_model().publish(committed, now)
-        self.rounds_committed += 1
+        fragment, update = committed.close.fragment, committed.update
+        record = self.model.publish(committed, now)
         for member in self.members.live():
             member.hears_of(record, now)
             self._tell(member, committed=committed.event(member.worker_id, self.config.asynchronous))
         self.rounds.tell_again()  # workers take the news for a sign that nothing is stuck any more
         self._open_round(fragment, now)
+        self.records.append(
+            keeping.published(fragment, update.version, update.digest, committed.void, self.expected(fragment))
+        )
         if fragment == self.layout.num_trained - 1:
             self._set_paces()
         self._check_end()
@@ -381,14 +425,16 @@ class Run:
             for member, pace in new_paces(self.members.in_state(MemberState.READY), self.config.schedule()):
                 log.info("worker %r: %d inner steps a round from now on", member.worker_id, pace)
                 member.sync_every = pace
+                self._keep(member)
                 self._tell(member, pace=pb.Pace(sync_every=pace))
 
     def _check_end(self) -> None:
         """Tell the workers once the run has had its rounds or tokens."""
         if not self.stopped:
-            self.stopped = self._must_have_model().end()
+            self.stopped = self.model.end()
             if self.stopped:
                 log.warning("the run has had %s and stops", self.stopped)
+                self._keep_progress()
                 self._tell_all(lambda m: self._tell(m, stop=pb.Stop(reason=self.stopped)))
 
     def settle_finish(self) -> None:
@@ -396,13 +442,15 @@ class Run:
         live = self.members.live()
         if not live or not self.opened or not self.rounds.idle:
             return
-        if all(m.state is MemberState.FINISHED and m.barrier > self._barriers for m in live):
+        awaited = [m for m in live if not m.hung]
+        if awaited and all(m.state is MemberState.FINISHED and m.barrier > self._barriers for m in awaited):
             self._barriers += 1
+            self._keep_progress()
             for member in live:
                 self._tell_finished(member)
 
     def _tell_finished(self, member: Member) -> None:
-        self._tell(member, all_finished=pb.AllFinished(versions=self.parameters.versions()))
+        self._tell(member, all_finished=pb.AllFinished(versions=self.parameters.versions(), flush=member.flush or 0))
 
     def _tell_shard(self, member: Member) -> None:
         self._tell(member, shard=pb.Shard(index=member.shard, count=self.members.shards))
@@ -410,6 +458,23 @@ class Run:
     def _tell_all(self, tell: Callable[[Member], None]) -> None:
         for member in self.members.live():
             tell(member)
+
+    def expected(self, fragment: int) -> list[str]:
+        """Whom the open round of the fragment waits for, or had; none while it is not open."""
+        current = self.rounds.round(fragment)
+        return sorted(current.expected) if current is not None else []
+
+    def _keep(self, member: Member) -> None:
+        self.records.append(disk.Record(member=keeping.member(member)))
+
+    def _keep_progress(self) -> None:
+        self.records.append(disk.Record(progress=self.progress()))
+
+    def progress(self) -> disk.Progress:
+        """What the run has come to as a whole."""
+        return disk.Progress(
+            opened=self.opened, stopped=self.stopped, barriers=self._barriers, shards=self.members.shards
+        )
 
     def _open_round(self, fragment: int, now: float) -> None:
         ready = [m.worker_id for m in self.members.in_state(MemberState.READY) if not m.hung]

@@ -46,6 +46,10 @@ class Seeding:
             self._missing = set(self._all)
         return seeder, afresh
 
+    def restored(self) -> None:
+        """The parameters come from the server's own disk."""
+        self._missing.clear()
+
     def take(self, fragment: int, seed: Seed) -> None:
         """One fragment has come."""
         self._parameters.seed(fragment, seed)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 import grpc
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.channel import ACK_EVERY_FRAMES
-from diloco_proto.codec import CorruptFrame, read_frame
-from diloco_proto.errors import ERROR_KEY, ConnectionClosed, DilocoError, InvalidContribution
+from diloco_proto.channel import ACK_EVERY_FRAMES, ANSWER_SECONDS, MAX_DATA_CONNECTIONS
+from diloco_proto.codec import CorruptFrame, Frame, frame_checksum, is_intact, read_frame
+from diloco_proto.errors import (
+    ConnectionClosed,
+    DamagedFrame,
+    DilocoError,
+    InvalidContribution,
+)
 
+from .answers import Refusals, readable, reader
+from .assembly import Place
 from .engine import Engine, SessionQueue, offer
+from .limits import Stream, address_of
 from .members import Member
 from .parameters import snapshot_frames, snapshot_item
 from .pushes import Ticket
@@ -22,37 +31,35 @@ from .status import describe, status
 
 log = logging.getLogger("diloco.server")
 
+T = TypeVar("T")
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def handlers(engine: Engine) -> grpc.GenericRpcHandler:
-    """The service `diloco.v1.Outer`. Pull answers with bytes already serialized, so it has no serializer."""
+    """The service `diloco.v1.Outer`. Pull answers with bytes already serialized, so it has no serializer.
+
+    All handlers are those of streams, also where there is one request: for that gRPC would wait for ever.
+    """
     service = Service(engine)
     return grpc.method_handlers_generic_handler(
         "diloco.v1.Outer",
         {
             "Session": grpc.stream_stream_rpc_method_handler(
-                service.session, pb.SessionRequest.FromString, pb.SessionEvent.SerializeToString
+                service.session, reader(pb.SessionRequest), pb.SessionEvent.SerializeToString
             ),
             "Push": grpc.stream_stream_rpc_method_handler(
-                service.push, pb.PushRequest.FromString, pb.PushReply.SerializeToString
+                service.push, reader(pb.PushRequest), pb.PushReply.SerializeToString
             ),
-            "Pull": grpc.unary_stream_rpc_method_handler(service.pull, pb.PullRequest.FromString, None),
-            "Describe": grpc.unary_unary_rpc_method_handler(
-                service.describe, pb.DescribeRequest.FromString, pb.RunDescription.SerializeToString
+            "Pull": grpc.stream_stream_rpc_method_handler(service.pull, reader(pb.PullRequest), None),
+            "Describe": grpc.stream_stream_rpc_method_handler(
+                service.describe, reader(pb.DescribeRequest), pb.RunDescription.SerializeToString
             ),
-            "Status": grpc.unary_unary_rpc_method_handler(
-                service.status, pb.StatusRequest.FromString, pb.RunStatus.SerializeToString
+            "Status": grpc.stream_stream_rpc_method_handler(
+                service.status, reader(pb.StatusRequest), pb.RunStatus.SerializeToString
             ),
         },
     )
-
-
-async def _refuse(context: Context, error: DilocoError) -> None:
-    """End the call with the error's status and class name. Never returns."""
-    if not isinstance(error, ConnectionClosed):
-        log.info("refused %s: %s: %s", context.peer(), type(error).__name__, error)
-    await context.abort(error.status, str(error), ((ERROR_KEY, type(error).__name__),))
 
 
 class Service:
@@ -60,45 +67,58 @@ class Service:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._limits = engine.limits
+        self._refuse = Refusals().refuse
 
     # -- Session --
 
     async def session(
-        self, requests: AsyncIterator[pb.SessionRequest], context: Context
+        self, requests: AsyncIterator[pb.SessionRequest | None], context: Context
     ) -> AsyncIterator[pb.SessionEvent]:
         try:
-            member, queue = self._engine.attach(await self._hello(requests))
+            hello = await self._hello(requests, context)
+            with self._limits.hold(Stream.SESSION, hello.worker_id):
+                async with aclosing(self._session(hello, requests, context)) as events:
+                    async for event in events:
+                        yield event
         except DilocoError as error:
-            await _refuse(context, error)
-            return
-        log.info("worker %r joined from %s", member.worker_id, context.peer())
+            await self._refuse(context, "Session", error)
+
+    async def _session(
+        self, hello: pb.Hello, requests: AsyncIterator[pb.SessionRequest | None], context: Context
+    ) -> AsyncGenerator[pb.SessionEvent]:
+        member, queue = self._engine.attach(hello)
+        extra = {"worker": member.worker_id, "peer": context.peer()}
+        log.info("worker %r joined from %s", member.worker_id, context.peer(), extra=extra)
         reader = asyncio.create_task(self._read_session(requests, member, queue))
         try:
+            await self._engine.keeper.durable()  # what Welcome says of the worker's contributions
             while True:
                 event = await queue.get()
                 if event is None:
                     return
                 if isinstance(event, DilocoError):
-                    await _refuse(context, event)
-                    return
+                    await self._refuse(context, "Session", event)  # before `detach`, which may fail as well
                 yield event
         finally:
             reader.cancel()
             self._engine.detach(member, queue)
 
-    async def _hello(self, requests: AsyncIterator[pb.SessionRequest]) -> pb.Hello:
-        async for first in requests:
-            if first.HasField("hello"):
-                return first.hello
-            break
-        raise InvalidContribution("a session begins with hello")
+    async def _hello(self, requests: AsyncIterator[pb.SessionRequest | None], context: Context) -> pb.Hello:
+        first = await self._first(requests, context)
+        if first is None or not first.HasField("hello"):
+            raise InvalidContribution("a session begins with hello")
+        return first.hello
 
     async def _read_session(
-        self, requests: AsyncIterator[pb.SessionRequest], member: Member, queue: SessionQueue
+        self, requests: AsyncIterator[pb.SessionRequest | None], member: Member, queue: SessionQueue
     ) -> None:
         try:
-            async for request in requests:
+            async for read in requests:
+                request = readable(read)
                 self._engine.hear(member, queue, request)
+                if request.HasField("heartbeat"):
+                    offer(queue, pb.SessionEvent(beat=pb.Beat()))
             offer(queue, None)
         except DilocoError as error:
             offer(queue, error)
@@ -110,94 +130,199 @@ class Service:
 
     # -- Push --
 
-    async def push(self, requests: AsyncIterator[pb.PushRequest], context: Context) -> AsyncIterator[pb.PushReply]:
+    async def push(self, requests: AsyncIterator[pb.PushRequest | None], context: Context) -> None:
         try:
             stream = aiter(requests)
-            first = await anext(stream, None)
+            first = await self._first(stream, context)
             if first is None or not first.HasField("header"):
                 raise InvalidContribution("a push begins with its header")
-            ticket = self._engine.run.begin_push(first.header)
-            if isinstance(ticket, pb.Outcome):
-                yield pb.PushReply(outcome=ticket)
-                return
-            held = ticket.assembly.held(ticket.places)
-            yield pb.PushReply(have=pb.Have(frames=held))
-            async for reply in self._receive(stream, ticket, set(held)):
-                yield reply
-            yield pb.PushReply(outcome=await self._engine.finish_push(ticket))
+            with self._limits.hold(Stream.PUSH, first.header.worker_id):
+                await context.write(pb.PushReply(outcome=await self._push(first.header, stream, context)))
         except DilocoError as error:
-            await _refuse(context, error)
+            await self._refuse(context, "Push", error)
+
+    async def _push(
+        self, header: pb.PushHeader, stream: AsyncIterator[pb.PushRequest | None], context: Context
+    ) -> pb.Outcome:
+        self._engine.keeper.check()
+        ticket = self._engine.run.begin_push(header)
+        if isinstance(ticket, pb.Outcome):
+            self._engine.metrics.on_push(ticket)
+            await _answering(context, self._engine.keeper.durable(), 0)
+            return ticket
+        with ticket.filling():
+            held = ticket.assembly.held(ticket.places)
+            await context.write(pb.PushReply(have=pb.Have(frames=held)))
+            received = await self._receive(stream, ticket, set(held), context)
+            return await _answering(context, self._engine.finish_push(ticket), received)
 
     async def _receive(
-        self, stream: AsyncIterator[pb.PushRequest], ticket: Ticket, held: set[int]
-    ) -> AsyncIterator[pb.PushReply]:
-        loop = asyncio.get_running_loop()
+        self, stream: AsyncIterator[pb.PushRequest | None], ticket: Ticket, held: set[int], context: Context
+    ) -> int:
+        """Take in the frames that are missing; returns how many."""
+        header = ticket.header
         wanted = [place for i, place in enumerate(ticket.places) if i not in held]
         for count, place in enumerate(wanted, 1):
-            request = await anext(stream, None)
+            if ticket.assembly.closed:
+                return count - 1
+            request = await _next(stream, self._limits.bounds.frame_seconds)
             if request is None or not request.HasField("frame"):
                 raise InvalidContribution(
-                    f"worker {ticket.header.worker_id!r} sent {count - 1} of {len(wanted)} frames of fragment "
-                    f"{ticket.header.fragment}, then ended"
+                    f"worker {header.worker_id!r} sent {count - 1} of {len(wanted)} frames of fragment "
+                    f"{header.fragment}, then ended"
                 )
             self._engine.bytes_in += len(request.frame)
-            try:
-                frame = await loop.run_in_executor(self._engine.threads, read_frame, request.frame)
-            except CorruptFrame as error:
-                raise InvalidContribution(
-                    f"worker {ticket.header.worker_id!r}, fragment {ticket.header.fragment}, block "
-                    f"{place.first_block}: {error}"
-                ) from error
-            ticket.assembly.add(place, frame)
+            where = f"worker {header.worker_id!r}, fragment {header.fragment}, block {place.first_block}"
+            read = asyncio.get_running_loop().run_in_executor(self._engine.threads, _read, request.frame, place, where)
+            ticket.assembly.add(place, await read)
+            await _answering(context, self._engine.keeper.keep_frame(ticket, request.frame), count - 1)
             if count % ACK_EVERY_FRAMES == 0:
-                yield pb.PushReply(ack=pb.Ack(frames=count))
+                await context.write(pb.PushReply(ack=pb.Ack(frames=count)))
+        return len(wanted)
 
     # -- Pull --
 
-    async def pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
+    async def pull(self, requests: AsyncIterator[pb.PullRequest | None], context: Context) -> None:
         try:
-            async for message in self._pull(request):
-                self._engine.bytes_out += len(message)
-                yield message
+            request = await self._only(requests, context)
+            with self._limits.hold(Stream.PULL, address_of(context.peer())):
+                writer = _Writer(context, self._limits.bounds.unread_seconds)
+                try:
+                    async with aclosing(self._pull(request)) as messages:
+                        async for message in messages:
+                            await writer.write(message)
+                            self._engine.bytes_out += len(message)
+                finally:
+                    await writer.settle()
         except DilocoError as error:
-            await _refuse(context, error)
+            await self._refuse(context, "Pull", error)
 
-    async def _pull(self, request: pb.PullRequest) -> AsyncIterator[bytes]:
+    async def _pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes]:
         run = self._engine.run
         run.check_run_id(request.run_id)
         run.check_readable(request.fragment)
+        if request.stripes > MAX_DATA_CONNECTIONS or request.stripe >= max(1, request.stripes):
+            raise InvalidContribution(
+                f"asked for stripe {request.stripe} of {request.stripes}; a pull has at most {MAX_DATA_CONNECTIONS}"
+            )
         updates = None
         if not request.snapshot:
             updates = run.parameters.updates_since(request.fragment, request.since_version)
         if updates is None:
-            async for message in self._snapshot(request):
-                yield message
+            async with aclosing(self._snapshot(request)) as messages:
+                async for message in messages:
+                    yield message
             return
         for update in updates:
-            skip = request.skip_frames if request.item_version == update.version else 0
+            first, stop = _share(request, len(update.messages), update.version)
             item = pb.Item()
             item.CopyFrom(update.item)
-            item.frames = max(0, len(update.messages) - skip)
+            item.frames = stop - first
             yield pb.PullReply(item=item).SerializeToString()
-            for message in update.messages[skip:]:
+            for message in update.messages[first:stop]:
                 yield message
 
-    async def _snapshot(self, request: pb.PullRequest) -> AsyncIterator[bytes]:
-        snapshot = await self._engine.pin(request.fragment)
-        try:
-            skip = request.skip_frames if request.item_version == snapshot.version else 0
-            yield pb.PullReply(item=snapshot_item(snapshot, skip)).SerializeToString()
-            frames = snapshot_frames(snapshot, skip)
+    async def _snapshot(self, request: pb.PullRequest) -> AsyncGenerator[bytes]:
+        version = request.item_version if request.skip_frames else None
+        kept = request.kept if request.HasField("kept") else None
+        async with self._engine.snapshot(request.fragment, version, kept) as snapshot:
+            first, stop = _share(request, snapshot.num_frames, snapshot.version)
+            yield pb.PullReply(item=snapshot_item(snapshot, first, stop)).SerializeToString()
+            frames = snapshot_frames(snapshot, first, stop)
             loop = asyncio.get_running_loop()
             while (message := await loop.run_in_executor(self._engine.threads, next, frames, None)) is not None:
                 yield message
-        finally:
-            self._engine.run.parameters.unpin(snapshot)
 
     # -- Describe, Status --
 
-    async def describe(self, request: pb.DescribeRequest, context: Context) -> pb.RunDescription:
-        return describe(self._engine.run)
+    async def describe(self, requests: AsyncIterator[pb.DescribeRequest | None], context: Context) -> None:
+        try:
+            await self._only(requests, context)
+            await context.write(describe(self._engine.run, self._engine.keeper.all_kept()))
+        except DilocoError as error:
+            await self._refuse(context, "Describe", error)
 
-    async def status(self, request: pb.StatusRequest, context: Context) -> pb.RunStatus:
-        return status(self._engine, request.rounds)
+    async def status(self, requests: AsyncIterator[pb.StatusRequest | None], context: Context) -> None:
+        try:
+            request = await self._only(requests, context)
+            await context.write(status(self._engine, request.rounds))
+        except DilocoError as error:
+            await self._refuse(context, "Status", error)
+
+    # -- the first message --
+
+    async def _first(self, requests: AsyncIterator[T | None], context: Context) -> T | None:
+        """None if the stream ends without one."""
+        with self._limits.hold(Stream.UNNAMED, address_of(context.peer())):
+            return await _next(aiter(requests), self._limits.bounds.first_seconds)
+
+    async def _only(self, requests: AsyncIterator[T | None], context: Context) -> T:
+        """That of a call that has one request. Raises InvalidContribution."""
+        request = await self._first(requests, context)
+        if request is None:
+            raise InvalidContribution("the call ended without its request")
+        return request
+
+
+class _Writer:
+    """Writes the messages of a pull, and does not wait for ever for a reader that stands still."""
+
+    def __init__(self, context: Context, patience: float) -> None:
+        self._context = context
+        self._patience = patience
+        self._write: asyncio.Future[None] | None = None
+
+    async def write(self, message: bytes) -> None:
+        """Raises ConnectionClosed when the reader takes nothing for too long; `settle` then waits for it."""
+        write = self._write = asyncio.ensure_future(self._context.write(message))
+        done, _ = await asyncio.wait((write,), timeout=self._patience)
+        if not done:
+            raise ConnectionClosed(f"nothing of this pull was read for {self._patience:.0f} s")
+        await write
+
+    async def settle(self) -> None:
+        """Until the last message is gone, or the call has ended: gRPC holds it so long, so it must count so long."""
+        if self._write is not None:
+            await asyncio.gather(self._write, return_exceptions=True)
+
+
+def _share(request: pb.PullRequest, frames: int, version: int) -> tuple[int, int]:
+    """Which of an item's frames this reader gets: those of its stripe, less those that it has already."""
+    count = max(1, request.stripes)
+    first, stop = frames * request.stripe // count, frames * (request.stripe + 1) // count
+    skip = request.skip_frames if request.item_version == version else 0
+    return min(first + skip, stop), stop
+
+
+def _read(data: bytes, place: Place, where: str) -> Frame:
+    """Heavy. Raises DamagedFrame for bytes that are not those announced, InvalidContribution for such as are, but no
+    frame that a worker may send."""
+    if not is_intact(data) or frame_checksum(data) != place.digest:
+        raise DamagedFrame(f"{where}: the frame is not the one announced; it was damaged on its way")
+    try:
+        return read_frame(data)
+    except CorruptFrame as error:
+        raise InvalidContribution(f"{where}: {error}") from error
+
+
+async def _next(stream: AsyncIterator[T | None], seconds: float) -> T | None:
+    """The next message; None at the end. Raises ConnectionClosed when none comes for so long, InvalidContribution for
+    one that cannot be read."""
+    try:
+        async with asyncio.timeout(seconds):
+            async for message in stream:
+                return readable(message)
+            return None
+    except TimeoutError:
+        raise ConnectionClosed(f"nothing has arrived on this stream for {seconds:.0f} s") from None
+
+
+async def _answering(context: Context, work: Awaitable[T], acked: int) -> T:
+    """The result of `work`. Meanwhile the worker is told now and then that its push is alive, by its last Ack."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait((task,), timeout=ANSWER_SECONDS))[0]:
+            await context.write(pb.PushReply(ack=pb.Ack(frames=acked)))
+        return task.result()
+    finally:
+        task.cancel()

@@ -30,15 +30,19 @@ class Weights:
     """The weights of one fragment's contributions.
 
     `uniform` weighs all alike instead of by tokens. A norm of more than `max_norm` times the running median is
-    scaled down to that; 0 is no limit. The result depends on the contributions of the round, as a set, and on
-    those of earlier rounds.
+    scaled down to that, or to as many times more as there is more work behind it; 0 is no limit. The result depends
+    on the contributions of the round, as a set, and on those of earlier rounds.
     """
 
     def __init__(self, *, uniform: bool, max_norm: float) -> None:
         self._uniform = uniform
         self._max_norm = max_norm
-        self._norms: deque[float] = deque(maxlen=KEPT_VALUES)
-        self._sizes: deque[float] = deque(maxlen=KEPT_VALUES)
+        self.norms: deque[float] = deque(maxlen=KEPT_VALUES)
+        """Of counted contributions, as scaled."""
+        self.works: deque[float] = deque(maxlen=KEPT_VALUES)
+        """Their tokens."""
+        self.sizes: deque[float] = deque(maxlen=KEPT_VALUES - 1)
+        """Of counted contributions, discounted by staleness: see `of_step`."""
 
     def of_round(self, members: Sequence[Weighable]) -> tuple[float, ...]:
         """For a mean, in which weights are relative to each other: tokens, at most MAX_WEIGHT times their median."""
@@ -53,10 +57,12 @@ class Weights:
         s is the staleness: how many versions the fragment has moved on since the oldest of the steps. Since the
         median is discounted too, s matters only where it differs: of k equal workers each is stale by k − 1.
         """
+        size = self._size(contribution, version)
+        return min(MAX_WEIGHT, size / median([*self.sizes, size]))
+
+    def _size(self, contribution: Weighable, version: int) -> float:
         size = 1.0 if self._uniform else float(contribution.tokens)
-        size /= math.sqrt(1 + max(0, version - contribution.since_version))
-        self._sizes.append(size)
-        return min(MAX_WEIGHT, size / median(self._sizes))
+        return size / math.sqrt(1 + max(0, version - contribution.since_version))
 
     def scales(self, members: Sequence[Weighable]) -> tuple[float, ...]:
         """By how much each contribution is to be scaled: 1, or less if its norm is beyond the limit.
@@ -65,9 +71,16 @@ class Weights:
         """
         if not self._max_norm:
             return (1.0,) * len(members)
-        limit = self._max_norm * median([*self._norms, *(c.norm for c in members)])
-        return tuple(1.0 if c.norm <= limit else limit / c.norm for c in members)
+        norms = [n for n in (*self.norms, *(c.norm for c in members)) if n > 0]
+        if not norms:  # a warm-up at a learning rate of 0
+            return (1.0,) * len(members)
+        usual = self._max_norm * median(norms)
+        work = median([*self.works, *(c.tokens for c in members)])
+        limits = [usual * max(1.0, c.tokens / work) for c in members]
+        return tuple(1.0 if c.norm <= limit else limit / c.norm for c, limit in zip(members, limits, strict=True))
 
-    def counted(self, members: Sequence[Weighable], scales: Sequence[float]) -> None:
-        """These were counted: what is usual is judged by them, worker by worker, from now on."""
-        self._norms.extend(c.norm * s for c, s in zip(members, scales, strict=True))
+    def counted(self, members: Sequence[Weighable], scales: Sequence[float], version: int) -> None:
+        """These were counted on top of `version`: what is usual is judged by them, worker by worker, from now on."""
+        self.norms.extend(c.norm * s for c, s in zip(members, scales, strict=True))
+        self.works.extend(float(c.tokens) for c in members)
+        self.sizes.extend(self._size(c, version) for c in members)

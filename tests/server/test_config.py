@@ -125,15 +125,14 @@ def test_a_config_does_not_change() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_loopback_needs_no_leave(host: str) -> None:
-    assert ServerConfig(host=host).host == host
+def test_loopback_needs_neither_tls_nor_tokens(host: str) -> None:
+    assert not ServerConfig(host=host).guarded
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "203.0.113.7", "example.org", "", "localhost.evil"])
 def test_anything_else_does(host: str) -> None:
-    with pytest.raises(ConfigError, match="not a loopback address.*Use a tunnel.*or --insecure"):
-        ServerConfig(host=host)
-    assert ServerConfig(host=host, insecure=True).host == host
+    assert ServerConfig(host=host).guarded
+    assert not ServerConfig(host=host, insecure=True).guarded
 
 
 @pytest.mark.parametrize("port", [-1, 65536])

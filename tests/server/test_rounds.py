@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diloco_proto.codec import Encoded, Format
-from diloco_proto.errors import InvalidContribution
+from diloco_proto.errors import InvalidContribution, NotReady
 from diloco_server.rounds import KEPT_RECORDS, Close, Contribution, Key, Rounds, Stage
 from diloco_server.weights import Weights
 
@@ -282,7 +282,7 @@ def test_a_base_version_of_the_future() -> None:
 
 def test_before_the_run_has_opened() -> None:
     rounds = Rounds([Weights(uniform=True, max_norm=0.0)], min_workers=1, grace=INF)
-    with pytest.raises(InvalidContribution, match="no open round"):
+    with pytest.raises(NotReady, match="no open round"):
         known(rounds)
 
 

@@ -109,7 +109,7 @@ def test_nothing_can_be_had_before_the_run_is_seeded() -> None:
         sim.run.check_readable(0)
     with pytest.raises(NotReady):
         sim.say("a", "ready")
-    with pytest.raises(InvalidContribution, match="no open round"):
+    with pytest.raises(NotReady, match="no open round"):
         sim.contribute("a")
 
 
@@ -873,3 +873,55 @@ def test_who_hears_of_one_round_while_another_is_stuck_is_told_again() -> None:
     events = [event.WhichOneof("body") for name, event in sim.run.outbox if name == "a"]
     assert "committed" in events
     assert "waiting" in events[events.index("committed") :], "the news of one round lifts the hold of all"
+
+
+def test_a_round_that_opened_after_all_had_finished_waits_for_those_who_come_back_before_its_first_push() -> None:
+    sim = Sim().enter("a", "b")
+    for worker in "ab":
+        sim.finish(worker)
+    assert "all_finished" in sim.told("a")
+    for fragment in range(2):
+        sim.contribute("a", fragment=fragment)
+        assert sim.versions()[fragment] == 1, "nobody was ready"
+    sim.say("a", "ready")
+    sim.say("b", "ready")
+    sim.contribute("a")
+    assert sim.waits_for() == {"b"}
+    sim.hello("c")
+    sim.say("c", "ready")
+    assert sim.waits_for() == {"b"}, "it has a contribution by now"
+
+
+def test_who_hangs_does_not_keep_the_others_from_finishing_together() -> None:
+    sim = Sim().enter("a", "b")
+    sim.contribute("a")
+    sim.contribute("b")
+    sim.finish("a")
+    for _ in range(40):
+        sim.now += 3
+        for worker in "ab":
+            sim.beat(worker, 1)
+        sim.settle()
+    assert "all_finished" in sim.told("a")
+
+
+def test_training_that_hangs_before_the_first_round_is_given_up_in_the_end() -> None:
+    sim = Sim().enter("a", "b")
+    sim.contribute("a")
+    for _ in range(400):
+        sim.now += 3
+        for worker in "ab":
+            sim.beat(worker)
+        sim.settle()
+    assert sim.versions()[0] == 1
+
+
+def test_a_worker_begins_where_its_predecessor_was() -> None:
+    sim = Sim().enter("a")
+    sim.beat("a", 5000)
+    sim.hello("a", generation=2)
+    sim.say("a", "ready", generation=2)
+    assert sim.told("a")["opened"].start_step == 5000
+    sim.hello("b")
+    sim.say("b", "ready")
+    assert sim.told("b")["opened"].start_step == 5000, "though its heart has not beaten yet"

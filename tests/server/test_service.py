@@ -15,6 +15,7 @@ from diloco_proto.codec import BLOCK, Format, decode, digest, read_frame
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import (
     ConnectionClosed,
+    DamagedFrame,
     DilocoError,
     InvalidContribution,
     ManifestMismatch,
@@ -213,7 +214,7 @@ def test_a_damaged_frame_is_refused_and_theta_stays(place: int) -> None:
         header = pb.PushRequest(header=worker.header(0, [frame]))
         damaged = bytearray(frame)
         damaged[place] ^= 1
-        with refused(InvalidContribution, grpc.StatusCode.INVALID_ARGUMENT, "worker 'w', fragment 0, block 0: "):
+        with refused(DamagedFrame, grpc.StatusCode.DATA_LOSS, "worker 'w', fragment 0, block 0: "):
             list(worker.push_stream([header, bytes(damaged)]))
         version, found = theta(worker, 100)
         assert version == 0
@@ -237,7 +238,7 @@ def test_garbage_is_no_frame() -> None:
         worker.enter(SMALL, [np.zeros(100)])
         header = pb.PushRequest(header=worker.header(0, frames_of(np.ones(100))))
         for garbage in (b"", b"DLF1", bytes(100), b"\xff" * 4096):
-            with refused(InvalidContribution, grpc.StatusCode.INVALID_ARGUMENT):
+            with refused(DamagedFrame, grpc.StatusCode.DATA_LOSS):
                 list(worker.push_stream([header, garbage]))
         assert theta(worker, 100)[0] == 0
 

@@ -3,7 +3,15 @@
 from diloco_proto.codec.digest import digest
 from diloco_proto.codec.errors import CorruptFrame, UnencodableValue
 from diloco_proto.codec.formats import BLOCK, Encoded, Format, FormatSpec
-from diloco_proto.codec.frames import Frame, contribution_digest, frame_checksum, pack_frames, read_frame
+from diloco_proto.codec.frames import (
+    Frame,
+    contribution_digest,
+    frame_blocks,
+    frame_checksum,
+    is_intact,
+    pack_frames,
+    read_frame,
+)
 from diloco_proto.codec.kernels import (
     accumulate,
     decode,
@@ -37,7 +45,9 @@ __all__ = [
     "encode_feedback",
     "encode_fragment",
     "flush_",
+    "frame_blocks",
     "frame_checksum",
+    "is_intact",
     "nesterov_",
     "pack_frames",
     "read_frame",

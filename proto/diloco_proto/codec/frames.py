@@ -109,6 +109,20 @@ def frame_checksum(data: bytes | bytearray | memoryview) -> int:
     return int(_SUM.unpack_from(data, _HEAD.size)[0])
 
 
+def frame_blocks(data: bytes | bytearray | memoryview) -> tuple[int, int]:
+    """(first block, number of blocks) of a frame, by its header, unchecked. Raises CorruptFrame likewise."""
+    if len(data) < HEADER_BYTES:
+        raise CorruptFrame(f"frame has {len(data)} bytes, fewer than its header's {HEADER_BYTES}")
+    first_block, num_blocks = _HEAD.unpack_from(data)[4:6]
+    return int(first_block), int(num_blocks)
+
+
+def is_intact(data: bytes | bytearray | memoryview) -> bool:
+    """Whether the bytes are those that some sender gave this checksum: what is wrong with them now was then, too."""
+    view = memoryview(data).cast("B")
+    return len(view) >= HEADER_BYTES and _checksum(view[: _HEAD.size], view[HEADER_BYTES:]) == frame_checksum(view)
+
+
 def contribution_digest(frames: Iterable[Frame | bytes]) -> int:
     """Sum mod 2^64 of the frames' checksums, so that the digests of an island's parts can be added."""
     sums = (f.checksum if isinstance(f, Frame) else frame_checksum(f) for f in frames)
