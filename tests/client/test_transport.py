@@ -10,11 +10,26 @@ import grpc
 import numpy as np
 import pytest
 
-from diloco_client.transport import PulledItem, Retry, Transport, parse_address
+from diloco_client.address import parse_address
+from diloco_client.network import Network
+from diloco_client.pulling import join_stripes
+from diloco_client.pushing import MAX_DAMAGED, split_push
+from diloco_client.transport import PulledItem, Retry, Transport
 from diloco_proto import outer_pb2 as pb
 from diloco_proto import outer_pb2_grpc as rpc
-from diloco_proto.codec import BLOCK, CorruptFrame, Format, encode_fragment, frame_checksum, pack_frames
-from diloco_proto.errors import ERROR_KEY, DilocoError, InvalidContribution, ServerUnreachable
+from diloco_proto.codec import (
+    BLOCK,
+    CorruptFrame,
+    Encoded,
+    Format,
+    encode_fragment,
+    frame_blocks,
+    frame_checksum,
+    pack_frames,
+)
+from diloco_proto.errors import ERROR_KEY, DamagedFrame, DilocoError, InvalidContribution, ServerUnreachable
+from diloco_proto.manifest import Fragment, Role
+from diloco_server.assembly import frame_places
 
 SOON = Retry(first=0.001, cap=0.01)
 
@@ -35,12 +50,12 @@ class Scripted(rpc.OuterServicer):
 
 
 @contextmanager
-def connected(service: Scripted) -> Iterator[Transport]:
+def connected(service: Scripted, **network: float) -> Iterator[Transport]:
     server = grpc.server(futures.ThreadPoolExecutor(4))
     rpc.add_OuterServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    transport = Transport(f"127.0.0.1:{port}", SOON)
+    transport = Transport(f"127.0.0.1:{port}", SOON, Network(**network))
     try:
         yield transport
     finally:
@@ -151,7 +166,7 @@ def test_a_pull_whose_snapshot_moved_on_begins_anew(values) -> None:
 
     def old(request, context):
         yield pb.PullReply(item=pb.Item(kind=pb.ITEM_SNAPSHOT, version=5, frames=3))
-        yield pb.PullReply(frame=b"of version 5")
+        yield pb.PullReply(frame=frames[2])
         context.abort(grpc.StatusCode.ABORTED, "overtaken")
 
     def new(request, context):
@@ -165,23 +180,147 @@ def test_a_pull_whose_snapshot_moved_on_begins_anew(values) -> None:
 
 
 def test_a_pull_of_several_updates_asks_again_from_the_last_whole_one() -> None:
+    a, b = (frames_of(np.full(BLOCK, value, np.float32))[0] for value in (1, 2))
+
     def one_and_a_half(request, context):
         for version in (1, 2):
             yield pb.PullReply(item=pb.Item(kind=pb.ITEM_UPDATE, version=version, frames=2))
-            yield pb.PullReply(frame=b"a")
+            yield pb.PullReply(frame=a)
             if version == 1:
-                yield pb.PullReply(frame=b"b")
+                yield pb.PullReply(frame=b)
 
     def rest(request, context):
         yield pb.PullReply(item=pb.Item(kind=pb.ITEM_UPDATE, version=2, frames=1))
-        yield pb.PullReply(frame=b"b")
+        yield pb.PullReply(frame=b)
 
     service = Scripted(one_and_a_half, rest)
     with connected(service) as transport:
         items = transport.pull(pb.PullRequest(since_version=0))
-    assert [(i.version, i.frames) for i in items] == [(1, [b"a", b"b"]), (2, [b"a", b"b"])]
+    assert [(i.version, i.frames) for i in items] == [(1, [a, b]), (2, [a, b])]
     again = service.pulls[1]
     assert (again.since_version, again.item_version, again.skip_frames) == (1, 2, 1)
+
+
+def test_an_update_that_never_arrives_whole_is_replaced_by_a_snapshot() -> None:
+    frame = frames_of(np.ones(BLOCK, np.float32))[0]
+
+    def damaged(request, context):
+        yield pb.PullReply(item=pb.Item(kind=pb.ITEM_UPDATE, version=1, frames=1))
+        yield pb.PullReply(frame=frame[:-1] + b"!")
+
+    def snapshot(request, context):
+        yield pb.PullReply(item=pb.Item(kind=pb.ITEM_SNAPSHOT, version=1, frames=1))
+        yield pb.PullReply(frame=frame)
+
+    service = Scripted(*[damaged] * MAX_DAMAGED, snapshot)
+    with connected(service) as transport:
+        (item,) = transport.pull(pb.PullRequest())
+    assert (item.kind, item.frames) == (pb.ITEM_SNAPSHOT, [frame])
+    assert [p.snapshot for p in service.pulls] == [False] * MAX_DAMAGED + [True]
+    with (
+        connected(Scripted(*[lambda request, context: list(damaged(request, context))] * MAX_DAMAGED)) as transport,
+        pytest.raises(DamagedFrame, match="TLS would show which"),
+    ):
+        transport.pull(pb.PullRequest(snapshot=True))
+
+
+# -- stripes --
+
+
+def test_stripes_that_all_are_held_as_parts_are_announced_once_more_as_a_whole(values) -> None:
+    """The server has started anew after the first of them was done, and knows it no longer."""
+    frames = frames_of(values)
+    header = header_of(frames)
+    header.parts.add(first_block=0, num_blocks=len(values) // BLOCK)
+    headers: list[pb.PushHeader] = []
+
+    def part(requests, context):
+        headers.append(next(requests).header)
+        yield pb.PushReply(have=pb.Have())
+        for _ in headers[-1].frame_digests:
+            next(requests)
+        yield pb.PushReply(outcome=pb.Outcome(kind=pb.OUTCOME_PART_HELD))
+
+    def whole(requests, context):
+        headers.append(next(requests).header)
+        yield pb.PushReply(have=pb.Have(frames=[2]))
+        assert [next(requests).frame for _ in range(2)] == frames[:2]
+        yield pb.PushReply(outcome=pb.Outcome(kind=pb.OUTCOME_STAGED))
+
+    with connected(Scripted(part, part, whole), data_connections=2) as transport:
+        assert transport.push(header, frames).kind == pb.OUTCOME_STAGED
+    assert headers[2] == header
+    assert sorted(d for h in headers[:2] for d in h.frame_digests) == sorted(header.frame_digests)
+
+
+def test_a_push_is_split_on_the_grid_of_its_own_parts(values) -> None:
+    step = Format.FP32.spec.frame_blocks
+    encoded = encode_fragment(Format.FP32, values)
+    first = pack_frames(Encoded(Format.FP32, encoded.scales, encoded.codes[: (step + 5) * 256]), level=None)
+    rest = pack_frames(Encoded(Format.FP32, encoded.scales, encoded.codes[(step + 5) * 256 :]), step + 5, level=None)
+    frames = [*first, *rest]
+    header = header_of(frames)
+    header.parts.add(first_block=0, num_blocks=step + 5)
+    header.parts.add(first_block=step + 5, num_blocks=2 * step - 5)
+    for count in range(1, 8):
+        places = []
+        for share, its in split_push(header, frames, count):
+            parts = [(p.first_block, p.num_blocks) for p in share.parts]
+            places += frame_places(
+                Fragment(0, Role.TRAINED, (), 3 * step * BLOCK), Format.FP32, parts, share.frame_digests
+            )
+            assert [frame_blocks(f) for f in its] == [(p.first_block, p.num_blocks) for p in places[-len(its) :]]
+        assert [(p.first_block, p.digest) for p in places] == [
+            (frame_blocks(f)[0], frame_checksum(f)) for f in frames
+        ], "each frame once, in order"
+
+
+def update(version: int, *frames: bytes) -> PulledItem:
+    return PulledItem(pb.ITEM_UPDATE, version, version, list(frames), 10)
+
+
+def snapshot(version: int, *frames: bytes) -> PulledItem:
+    return PulledItem(pb.ITEM_SNAPSHOT, version, version, list(frames), 10)
+
+
+def test_stripes_of_a_pull_are_put_together() -> None:
+    joined = join_stripes([[update(1, b"a"), update(2, b"d")], [update(1, b"b", b"c"), update(2)]])
+    assert joined == [
+        PulledItem(pb.ITEM_UPDATE, 1, 1, [b"a", b"b", b"c"], 20),
+        PulledItem(pb.ITEM_UPDATE, 2, 2, [b"d"], 20),
+    ]
+    assert join_stripes([[], []]) == []
+    later = join_stripes([[update(1, b"a")], [update(1, b"b"), update(2, b"c")]])
+    assert later == [PulledItem(pb.ITEM_UPDATE, 1, 1, [b"a", b"b"], 20)], "what one of them lacks is for the next pull"
+
+
+@pytest.mark.parametrize(
+    "stripes",
+    [
+        [[snapshot(1, b"a")], [snapshot(2, b"b")]],
+        [[update(1, b"a")], [snapshot(1, b"b")]],
+        [[update(1, b"a")], []],
+    ],
+)
+def test_stripes_of_a_pull_that_do_not_fit_are_of_no_use(stripes: list[list[PulledItem]]) -> None:
+    assert join_stripes(stripes) is None
+
+
+def test_a_pull_whose_stripes_do_not_fit_begins_anew_in_one(values) -> None:
+    frames = frames_of(values)
+
+    def at(version: int, *sent: bytes) -> Callable:
+        def behave(request, context):
+            yield pb.PullReply(item=pb.Item(kind=pb.ITEM_SNAPSHOT, version=version, frames=len(sent)))
+            yield from (pb.PullReply(frame=f) for f in sent)
+
+        return behave
+
+    service = Scripted(at(1, *frames[:1]), at(2, *frames[1:]), at(2, *frames))
+    with connected(service, data_connections=2) as transport:
+        (item,) = transport.pull(pb.PullRequest(snapshot=True))
+    assert item.frames == frames
+    assert sorted((p.stripes, p.stripe) for p in service.pulls) == [(0, 0), (2, 0), (2, 1)]
 
 
 def test_named_errors_are_raised_at_once_and_what_may_mend_is_tried_again() -> None:
