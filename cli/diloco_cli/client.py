@@ -1,31 +1,36 @@
-"""diloco-client: demo, status, export."""
+"""diloco-client. What a command needs is imported when it runs: health starts fast."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.live import Live
-from safetensors import SafetensorError
 
-from .options import WRONG_SETTING, Group, config_options, one_line_errors, quiet_grpc
+from .connection import connection_options, credentials, only_one
+from .options import Group, one_line_errors, quiet_grpc
 
 quiet_grpc()
 
-from diloco_client.demo.options import DemoOptions  # noqa: E402
-from diloco_client.observe import export, status  # noqa: E402
-from diloco_proto.errors import DilocoError  # noqa: E402
 
-from .tables import status_view  # noqa: E402
+class Commands(Group):
+    """Those below, and the demo, whose options alone take longer to import than `health` may take."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return ["demo", *super().list_commands(context)]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name != "demo":
+            return super().get_command(context, name)
+        from .demo import demo_command
+
+        return demo_command
 
 
 @click.group(
-    cls=Group,
+    cls=Commands,
     context_settings={
         "auto_envvar_prefix": "DILOCO",
         "show_default": True,
@@ -38,52 +43,55 @@ def main() -> None:
     """Look at a run, take its parameters, or see a whole one on this machine."""
 
 
-@main.command("demo")
-@config_options(DemoOptions)
-def demo_command(**values: Any) -> None:
-    """Train a small byte-level GPT on this machine: one server, several workers, and one alone to compare."""
-    try:
-        from diloco_client.demo.report import table
-        from diloco_client.demo.run import run_demo
-    except ImportError as error:
-        raise click.ClickException(f"the demo needs more packages ({error}): pip install 'diloco[demo]'") from error
-    with one_line_errors(WRONG_SETTING):
-        options = DemoOptions(**values)
-    console = Console(stderr=options.json)
-    with one_line_errors():
-        report = run_demo(options, [sys.executable, "-m", "diloco_cli.server"], console)
-    console.print(table(report))
-    console.print(f"{options.out / 'report.json'} and {options.out / 'loss.png'} hold the details")
-    if options.json:
-        click.echo(report.to_json())
-    if not report.identical:
-        raise click.ClickException("the parameters of the server and of the workers differ")
-
-
 @main.command("status")
-@click.argument("address")
+@click.argument("address", required=False)
+@connection_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--watch", is_flag=True, help="Keep looking, every --interval seconds, until Ctrl-C.")
 @click.option("--interval", default=2.0, type=click.FloatRange(min=0.1), help="Seconds between looks.")
 @click.option("--timeout", default=10.0, type=click.FloatRange(min=0.1), help="Seconds to wait for an answer.")
 @click.option("--rounds", default=0, type=click.IntRange(0, 64), help="Show the last so many rounds of each fragment.")
-def status_command(address: str, as_json: bool, watch: bool, interval: float, timeout: float, rounds: int) -> None:
-    """Workers, fragments, versions and rates of the run at ADDRESS (HOST:PORT)."""
+def status_command(
+    address: str | None,
+    server: str | None,
+    as_json: bool,
+    watch: bool,
+    interval: float,
+    timeout: float,
+    rounds: int,
+    **security: Any,
+) -> None:
+    """Workers, fragments, versions and rates of the run at ADDRESS.
+
+    ADDRESS is HOST:PORT, a join URL, or file:PATH; better not the URL itself, for `ps` shows it and its token to all.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    from diloco_client.observe import status
+
+    from .tables import status_view
+
+    where, known = only_one(server, address), credentials(security)
     with one_line_errors():
         if not watch:
-            _show(status(address, timeout, rounds=rounds), as_json)
+            _show(status(where, timeout, rounds=rounds, **known), as_json)
         elif as_json:
             while True:
-                click.echo(json.dumps(status(address, timeout, rounds=rounds)))
+                click.echo(json.dumps(status(where, timeout, rounds=rounds, **known)))
                 time.sleep(interval)
         else:
             with Live(console=Console(), auto_refresh=False) as live:
                 while True:
-                    live.update(status_view(status(address, timeout, rounds=rounds)), refresh=True)
+                    live.update(status_view(status(where, timeout, rounds=rounds, **known)), refresh=True)
                     time.sleep(interval)
 
 
 def _show(values: dict[str, Any], as_json: bool) -> None:
+    from rich.console import Console
+
+    from .tables import status_view
+
     if as_json:
         click.echo(json.dumps(values))
     else:
@@ -91,21 +99,73 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
 
 
 @main.command("export")
-@click.argument("address")
-@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("places", nargs=-1, metavar="[ADDRESS] PATH")
+@connection_options
 @click.option("--timeout", default=30.0, type=click.FloatRange(min=0.1), help="Seconds to wait for an answer.")
-def export_command(address: str, path: Path, timeout: float) -> None:
-    """Write the global parameters of the run at ADDRESS to PATH, a safetensors file."""
+@click.option("--snapshot", type=int, metavar="NUMBER", help="As they were at one of `diloco-client snapshots`.")
+def export_command(
+    places: tuple[str, ...], server: str | None, timeout: float, snapshot: int | None, **security: Any
+) -> None:
+    """Write the global parameters of the run at ADDRESS (as for `status`) to PATH, a safetensors file."""
+    from safetensors import SafetensorError
+
+    from diloco_client.observe import export
+    from diloco_proto.errors import DilocoError
+
+    if not 1 <= len(places) <= 2:
+        raise click.UsageError("write: export [ADDRESS] PATH")
+    path, where = Path(places[-1]), only_one(server, "".join(places[:-1]))
     with one_line_errors():
         if not path.parent.is_dir():
             raise click.BadParameter(f"{path.parent} is not a directory", param_hint="PATH")
         try:
-            count = export(address, path, timeout)
+            count = export(where, path, timeout, snapshot=snapshot, **credentials(security))
         except DilocoError:
             raise
         except (OSError, SafetensorError) as error:
             raise click.ClickException(f"cannot write {path}: {error}") from error
         click.echo(f"{path}: {count} tensors, {path.stat().st_size / 1e6:.1f} MB")
+
+
+@main.command("snapshots")
+@click.argument("address", required=False)
+@connection_options
+@click.option("--json", "as_json", is_flag=True, help="A JSON list instead of a table.")
+@click.option("--timeout", default=10.0, type=click.FloatRange(min=0.1), help="Seconds to wait for an answer.")
+def snapshots_command(address: str | None, server: str | None, as_json: bool, timeout: float, **security: Any) -> None:
+    """List the snapshots that the server at ADDRESS keeps: for `export --snapshot` and the server's --rollback."""
+    from rich.console import Console
+
+    from diloco_client.observe import snapshots
+
+    from .tables import snapshots_view
+
+    with one_line_errors():
+        found = snapshots(only_one(server, address), timeout, **credentials(security))
+    if as_json:
+        click.echo(json.dumps(found))
+    elif found:
+        Console().print(snapshots_view(found))
+    else:
+        click.echo("no snapshots are kept")
+
+
+@main.command("health")
+@click.argument("address", required=False)
+@connection_options
+@click.option("--timeout", default=5.0, type=click.FloatRange(min=0.1), help="Seconds to wait for an answer.")
+def health_command(address: str | None, server: str | None, timeout: float, **security: Any) -> None:
+    """Exit with 0 if the server at ADDRESS takes contributions, else with 1: for health checks of containers.
+
+    It needs no token, and asks for `grpc.health.v1.Health`, as any gRPC probe does.
+    """
+    from diloco_client.health import Health, health
+
+    with one_line_errors():
+        found = health(only_one(server, address), timeout, **credentials(security))
+    if found is not Health.SERVING:
+        raise click.ClickException("the server is up, but it is shutting down or cannot write its state")
+    click.echo("serving")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 import click
 
-from diloco_proto.errors import DilocoError
-
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 FAILED = 1
@@ -65,6 +63,8 @@ def _option(f: dataclasses.Field[Any]) -> Callable[[Decorated], Decorated]:
         return click.option(flag, is_flag=True, **common)
     if f.metadata["choices"]:
         return click.option(flag, type=click.Choice(f.metadata["choices"]), **common)
+    if f.type == "int | None":
+        return click.option(flag, type=int, **common)
     if f.default is None or isinstance(f.default, Path):
         return click.option(flag, type=click.Path(path_type=Path), **common)
     return click.option(flag, type=type(f.default), **common)
@@ -102,6 +102,8 @@ def quiet_grpc() -> None:
 @contextmanager
 def one_line_errors(exit_code: int = FAILED) -> Iterator[None]:
     """A DilocoError ends the command with one line on stderr and `exit_code`."""
+    from diloco_proto.errors import DilocoError  # not above: it imports grpc, before `quiet_grpc` can be called
+
     try:
         yield
     except DilocoError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ quiet_grpc()
 
 from diloco_server import RunConfig, ServerConfig  # noqa: E402
 from diloco_server.daemon import Daemon, run_forever  # noqa: E402
+from diloco_server.logs import configure  # noqa: E402
 
 
 @click.command(
@@ -51,10 +52,10 @@ def main(**values: Any) -> None:
     Every option can also be set by an environment variable, DILOCO_ and its name (DILOCO_SYNC_EVERY=100), or
     by a key of the --config file. A flag wins over a variable, a variable over the file.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     with one_line_errors(WRONG_SETTING):
         server = ServerConfig(**fields_of(ServerConfig, values))
         config = RunConfig(**fields_of(RunConfig, values))
+    configure(server.log_format, server.log_level)
     with one_line_errors(FAILED_START):
         run_forever(config, server, _banner)
 
@@ -66,8 +67,20 @@ def _banner(daemon: Daemon) -> None:
         f"diloco-server is listening on {daemon.address} (run {run.run_id}: H={config.sync_every} "
         f"P={config.num_fragments} τ={config.overlap_steps} α={config.mixing_alpha:g}, {config.outer_optimizer} "
         f"η={config.outer_lr:g} μ={config.outer_momentum:g}, {config.uplink_codec} up, {config.downlink_codec} down)\n"
-        f'on a worker:  with diloco_client.join("{daemon.address}", model, optimizer) as outer: …'
+        f"on a worker:  {_how_to_join(daemon)}"
     )
+
+
+def _how_to_join(daemon: Daemon) -> str:
+    """The join URL is a secret: a terminal may show it, a log file or a container's output may not."""
+    entrance = daemon.entrance
+    if not entrance.guarded:
+        note = " (INSECURE: no TLS, no token)" if entrance.insecure else ""
+        return f'with diloco_client.join("{daemon.address}", model, optimizer) as outer: …{note}'
+    if sys.stdout.isatty():
+        return f"export DILOCO_URL='{daemon.join_url}'"
+    where = "nowhere: --state-dir is missing" if entrance.url_file is None else f"in {entrance.url_file}"
+    return f"set DILOCO_URL to the join URL, which is {where} (it is secret, and printed to terminals only)"
 
 
 if __name__ == "__main__":

@@ -7,30 +7,40 @@
 
 from typing import TYPE_CHECKING, Any
 
-from diloco_client.observe import export, status
 from diloco_client.stats import Stats
 from diloco_proto.errors import (
+    CertificateError,
     ConfigError,
     ConnectionClosed,
+    DamagedFrame,
     DilocoError,
     InvalidAddress,
     ManifestMismatch,
     MasterWeights,
     NonFiniteParameter,
     NotReady,
+    PermissionDenied,
+    PinMismatch,
     ProtocolMismatch,
     RunMismatch,
     ServerUnreachable,
+    StateMismatch,
     Superseded,
+    TLSMismatch,
+    Unauthenticated,
     UnsupportedModel,
 )
 
 if TYPE_CHECKING:
-    from diloco_client.hook import Outer, join
+    from diloco_client.hook import Outer
+    from diloco_client.joining import join
+    from diloco_client.observe import export, snapshots, status
 
 __all__ = [
+    "CertificateError",
     "ConfigError",
     "ConnectionClosed",
+    "DamagedFrame",
     "DilocoError",
     "InvalidAddress",
     "ManifestMismatch",
@@ -38,22 +48,33 @@ __all__ = [
     "NonFiniteParameter",
     "NotReady",
     "Outer",
+    "PermissionDenied",
+    "PinMismatch",
     "ProtocolMismatch",
     "RunMismatch",
     "ServerUnreachable",
+    "StateMismatch",
     "Stats",
     "Superseded",
+    "TLSMismatch",
+    "Unauthenticated",
     "UnsupportedModel",
     "export",
     "join",
+    "snapshots",
     "status",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # What needs torch is imported when it is used: `diloco-client status` runs where no torch is.
+    # What needs torch is imported when it is used: `diloco-client status` runs where no torch is. So are the kernels,
+    # which a probe of the server's health can do without.
     if name in ("Outer", "join"):
-        from diloco_client import hook
+        from diloco_client import joining
 
-        return getattr(hook, name)
+        return getattr(joining, name)
+    if name in ("export", "snapshots", "status"):
+        from diloco_client import observe
+
+        return getattr(observe, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,13 @@
 """Carries contributions up and updates down on background threads, while the training thread computes.
 
-All that it knows is in its `Flights`, under one lock; only the training thread exchanges bases (`take`).
+All that it knows is in its `Flights`, under one lock. Only the training thread exchanges bases (`take`) and begins
+contributions (`push`), so what it has read of these holds until it changes them itself; but for a rollback of the run,
+which may end every contribution at any moment and is noticed by `take`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import threading
@@ -16,8 +19,8 @@ from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import CorruptFrame, Format, UnencodableValue, digest, pack_frames
-from diloco_proto.errors import ConnectionClosed, DilocoError
-from diloco_proto.manifest import Role
+from diloco_proto.errors import ConnectionClosed, DilocoError, RolledBack
+from diloco_proto.manifest import Fragment, Role
 
 from .binding import Binding, host_buffer, non_finite
 from .flights import Arrival, Base, Flight, Flights
@@ -25,6 +28,12 @@ from .messages import contribution_header
 from .transport import PulledItem, Transport
 
 log = logging.getLogger("diloco")
+
+SNAPSHOT_TRIES = 3
+"""Of frames that arrive whole one by one, and yet do not make the parameters that they should."""
+
+CLOSE_SECONDS = 5.0
+"""So long `close` waits for the transfers to end, which were cut."""
 
 
 class Courier:
@@ -40,9 +49,13 @@ class Courier:
         self._count = binding.layout.num_scheduled
         self._flights = Flights(self._count)
         self._changed = threading.Condition()
+        self._encoding = threading.Lock()
+        self._run_id = ""
         self._connected = True
         self._held = False
         self._fatal: DilocoError | None = None
+        self.hurried: Callable[[], bool] = lambda: False
+        """Whether the training thread must not be kept waiting for fates any more."""
         self._uphill: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         self._downhill: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._threads = [
@@ -50,34 +63,80 @@ class Courier:
             for name, loop in (("push", self._push_loop), ("pull", self._pull_loop))
         ]
 
-    def start(self, bases: list[Base]) -> None:
-        """Begin, with the bases that the worker holds. Versions announced meanwhile are fetched."""
+    def start(self, bases: list[Base], run_id: str) -> bool:
+        """Begin, with the bases that the worker holds. Versions announced meanwhile are fetched.
+
+        False if they are of another run than that of the last welcome: it was rolled back while they were fetched.
+        """
         with self._changed:
+            if run_id != self._run_id:
+                return False
             self._flights.bases = bases
             self._fetch_wanted()
         for thread in self._threads:
             thread.start()
+        return True
 
     def close(self) -> None:
+        """Call it once the transport is closed."""
         self._uphill.put(None)
         self._downhill.put(None)
+        self.notify()
+        for thread in self._threads:
+            if thread.is_alive():  # one that is within gRPC when the interpreter ends takes the process down with it
+                thread.join(CLOSE_SECONDS)
 
     # -- training thread --
 
     @property
     def bases(self) -> Sequence[Base]:
         """The global parameters that this worker holds, by fragment."""
-        return self._flights.bases
+        with self._changed:
+            return tuple(self._flights.bases)
+
+    @property
+    def run_id(self) -> str:
+        """Of the last welcome; empty before the first."""
+        with self._changed:
+            return self._run_id
+
+    def newest(self, fragment: int) -> Base:
+        """The newest base that is here, merged or not."""
+        with self._changed:
+            return self._flights.newest(fragment)
 
     def push(self, flight: Flight) -> None:
         """Send a contribution off; the fragment must have none under way."""
         with self._changed:
-            self._flights.launch(flight)
-        self._uphill.put(flight)
+            launched = self._flights.launch(flight)
+        if launched:
+            self._uphill.put(flight)
 
     def flight(self, fragment: int) -> Flight | None:
         """The contribution under way."""
-        return self._flights.flight(fragment)
+        with self._changed:
+            return self._flights.flight(fragment)
+
+    def to_save(self, fragment: int) -> tuple[Base | None, Flight | None]:
+        """Base and contribution under way, as they are in this moment; the contribution a copy, encoded. Waits for no
+        network. The base is None if it is outdated.
+
+        Raises NonFiniteParameter.
+        """
+        flight = self.flight(fragment)
+        if flight is not None:
+            self._prepare(flight)
+        with self._changed:
+            base = None if self._flights.outdated(fragment) else self._flights.bases[fragment]
+            return base, dataclasses.replace(flight) if flight is not None and self._flights.holds(flight) else None
+
+    def restore(self, fragment: int, base: Base, flight: Flight | None) -> None:
+        """Go on with the base and the contribution of a former process; what is newer by now has arrived."""
+        with self._changed:
+            self._flights.restore(fragment, base, flight)
+            if flight is not None and flight.counted is None:
+                self._uphill.put(flight)
+            self._fetch_wanted()
 
     def take(self, fragment: int) -> Arrival | None:
         """What is ready to be merged: a newer base, unless a contribution's fate is still open."""
@@ -89,35 +148,41 @@ class Courier:
         """Wait until `take` has something; not while the server is out of reach or too few workers train for a
         round to close: then the training goes on, and what was pushed is merged later."""
         with record_function("diloco::wait"), self._changed:
-            while not self._flights.settled(fragment) and self._connected and not self._held:
+            while not self._flights.settled(fragment) and self._connected and not self._held and not self.hurried():
                 self.raise_fatal()
                 self._changed.wait(1.0)
 
-    def wait_until(self, condition: Callable[[], bool], patience: float) -> bool:
-        """Wait for `condition`; False when the server was out of reach for `patience` seconds."""
+    def wait_until(self, condition: Callable[[], bool], patience: float, limit: float | None = None) -> bool:
+        """Wait for `condition`; False when the server was out of reach for `patience` seconds, or after `limit`."""
         lost_at: float | None = None
+        began = time.monotonic()
         with self._changed:
             while not condition():
                 self.raise_fatal()
-                lost_at = None if self._connected else lost_at or time.monotonic()
-                if lost_at is not None and time.monotonic() - lost_at > patience:
+                now = time.monotonic()
+                lost_at = None if self._connected else lost_at or now
+                if (lost_at is not None and now - lost_at > patience) or (limit is not None and now - began > limit):
                     return False
                 self._changed.wait(0.5)
         return True
 
     def staged(self) -> bool:
         """Every contribution under way has reached the server."""
-        return self._flights.staged()
+        with self._changed:
+            return self._flights.staged()
 
     def anything_ready(self) -> bool:
-        return self._flights.anything_ready()
+        with self._changed:
+            return self._flights.anything_ready()
 
     def none_in_flight(self) -> bool:
-        return self._flights.none_in_flight()
+        with self._changed:
+            return self._flights.none_in_flight()
 
     def caught_up(self, versions: dict[int, int]) -> bool:
         """Base or arrival of every fragment is at least at its version."""
-        return self._flights.caught_up(versions)
+        with self._changed:
+            return self._flights.caught_up(versions)
 
     def raise_fatal(self) -> None:
         if self._fatal is not None:
@@ -141,6 +206,19 @@ class Courier:
                 self._uphill.put(flight)
             self._fetch_wanted()
             self._changed.notify_all()
+
+    def on_welcome(self, run_id: str, versions: list[pb.FragmentVersion]) -> None:
+        """The session has begun, at first or anew; the run may be another one than before: rolled back."""
+        with self._changed:
+            former, self._run_id = self._run_id, run_id
+            if former and run_id != former:
+                log.warning(
+                    "the run was rolled back and is %s now: what this worker had under way is dropped; it trains on "
+                    "and takes the global parameters as soon as they have come",
+                    run_id,
+                )
+                self._flights.rolled_back(versions)
+        self.on_versions(versions)
 
     def on_lost(self) -> None:
         with self._changed:
@@ -167,7 +245,7 @@ class Courier:
     def _fetch_wanted(self) -> None:
         if self._flights.bases:
             for fragment in range(self._count):
-                if self._flights.wanted(fragment) is not None:
+                if self._flights.lacks_base(fragment) or self._flights.wanted(fragment) is not None:
                     self._downhill.put(fragment)
 
     # -- push thread --
@@ -187,20 +265,48 @@ class Courier:
 
     def _push_loop(self) -> None:
         while (flight := self._uphill.get()) is not None:
-            if flight.header is None:
-                self._encode(flight)
+            self._prepare(flight)
             assert flight.header is not None
-            with record_function("diloco::push"):
-                outcome = self._transport.push(flight.header, flight.frames)
             with self._changed:
-                self._flights.on_outcome(flight, outcome)
+                if not self._flights.holds(flight):
+                    continue
+                run_id = flight.header.run_id = self._run_id
+            try:
+                with record_function("diloco::push"):
+                    outcome = self._transport.push(flight.header, flight.frames)
+            except RolledBack:
+                self._await_welcome_after(run_id)
+                continue
+            with self._changed:
+                if self._flights.holds(flight) and self._flights.on_outcome(flight, outcome):
+                    self._uphill.put(flight)
                 self._fetch_wanted()
                 self._changed.notify_all()
 
+    def _await_welcome_after(self, run_id: str) -> None:
+        """The server has said that this run was rolled back; its welcome, with what is now, comes by the session."""
+        with self._changed:
+            while self._run_id == run_id and not self._transport.closed.is_set():
+                self._changed.wait(0.5)
+
+    def _prepare(self, flight: Flight) -> None:
+        """Encode a contribution unless that has been done. Raises NonFiniteParameter."""
+        with self._encoding:
+            if flight.header is None:
+                self._encode(flight)
+
     def _encode(self, flight: Flight) -> None:
+        fragment = self._binding.layout.fragments[flight.fragment]
+        fmt = Format.FP32 if fragment.role is Role.BUFFER else self._uplink
+        if not flight.frames:
+            self._pack(flight, fragment, fmt)
+        header = contribution_header(self._identity(), flight, fragment, fmt, flight.frames)
+        wire = header.ByteSize() + sum(pb.PushRequest(frame=f).ByteSize() for f in flight.frames)
+        self._transport.counters.contribution(wire, fragment.parameters)
+        flight.header = header
+
+    def _pack(self, flight: Flight, fragment: Fragment, fmt: Format) -> None:
         with record_function("diloco::encode"):
-            fragment = self._binding.layout.fragments[flight.fragment]
-            fmt = Format.FP32 if fragment.role is Role.BUFFER else self._uplink
             assert flight.captured is not None
             delta = self._binding.delta(flight.fragment, flight.base.theta, flight.captured)
             flight.captured = None
@@ -208,37 +314,49 @@ class Courier:
                 flight.frames = pack_frames(flight.encode(fmt, delta))
             except UnencodableValue as error:
                 raise non_finite(fragment, error.index) from error
-            flight.header = contribution_header(self._identity(), flight, fragment, fmt, flight.frames)
-        wire = flight.header.ByteSize() + sum(pb.PushRequest(frame=f).ByteSize() for f in flight.frames)
-        self._transport.counters.contribution(wire, fragment.parameters)
 
     # -- pull thread --
 
     def _pull_loop(self) -> None:
         while (fragment := self._downhill.get()) is not None:
             with self._changed:
-                base = self._flights.wanted(fragment)
-            if base is None:
+                run_id, base = self._run_id, self._flights.wanted(fragment)
+                if base is None and not self._flights.lacks_base(fragment):
+                    continue
+            try:
+                newer = self.fetch(fragment, base, run_id)
+            except RolledBack:
+                self._await_welcome_after(run_id)
                 continue
-            newer = self.fetch(fragment, base)
             with self._changed:
-                self._flights.on_arrived(fragment, newer)
+                if self._run_id == run_id:
+                    self._flights.on_arrived(fragment, newer)
                 self._changed.notify_all()
 
-    def fetch(self, fragment: int, base: Base | None) -> Base:
-        """The fragment's newest parameters: by updates on top of `base`, or its snapshot."""
-        request = pb.PullRequest(run_id=self._identity().run_id, fragment=fragment, snapshot=base is None)
+    def fetch(self, fragment: int, base: Base | None, run_id: str) -> Base:
+        """The fragment's newest parameters: by updates on top of `base`, or its snapshot. Raises RolledBack."""
+        newer = self._fetch_once(fragment, base, run_id)
+        if newer is None and base is not None:
+            log.warning("fragment %d differs from the server's after its update; fetching it afresh", fragment)
+        tries = 0 if base is not None else 1
+        while newer is None and tries < SNAPSHOT_TRIES:
+            newer = self._fetch_once(fragment, None, run_id)
+            tries += 1
+        if newer is None:
+            raise ConnectionClosed(
+                f"the server's snapshot of fragment {fragment} does not match its own digest, {tries} times in a row: "
+                "the memory of this machine or of the server may be faulty"
+            )
+        return newer
+
+    def _fetch_once(self, fragment: int, base: Base | None, run_id: str) -> Base | None:
+        """None when what came does not lead to what the server has."""
+        request = pb.PullRequest(run_id=run_id, fragment=fragment, snapshot=base is None)
         if base is not None:
             request.since_version = base.version
         items = self._transport.pull(request)
         with record_function("diloco::decode"):
-            newer = self._decode(fragment, base, items)
-        if newer is not None:
-            return newer
-        if base is None:
-            raise ConnectionClosed(f"the server's snapshot of fragment {fragment} does not match its own digest")
-        log.warning("fragment %d differs from the server's after its update; fetching it afresh", fragment)
-        return self.fetch(fragment, None)
+            return self._decode(fragment, base, items)
 
     def _decode(self, fragment: int, base: Base | None, items: list[PulledItem]) -> Base | None:
         """The base that `items` lead to, or None when it is not the one the server has."""

@@ -2,6 +2,10 @@
 
 A Flight is one contribution whose fate is not settled; a fragment has at most one. An Arrival is a newer base of a
 fragment, ready to be merged. Bases are never changed in place.
+
+When the run was rolled back (an operator's doing, or a server that lost its latest state) nothing that a worker holds
+of it is worth anything: its flights end without a fate, its bases are *outdated* until a snapshot of each fragment has
+come, and what it pushes in between goes nowhere.
 """
 
 from __future__ import annotations
@@ -65,11 +69,22 @@ class Flight:
     """The fate; None while unknown."""
     needs: int = 0
     """Once the fate is known: the version from which on a base takes account of it."""
+    missed: bool = False
+    """The session broke and was taken up again before the outcome was here: the event of its round may be among those
+    of the time in between, which are lost."""
+    restored: bool = False
+    """Captured by a former process of this worker, which left it in its saved state."""
 
     @property
     def resync(self) -> bool:
         """The run wants nothing of this work any more."""
         return self.outcome is not None and self.outcome.kind == pb.OUTCOME_RESYNC
+
+    @property
+    def replaced(self) -> bool:
+        """The run has other bytes under this key: a process between the one that saved this and us pushed the same
+        steps, which must not be pushed again."""
+        return self.restored and self.outcome is not None and self.outcome.kind == pb.OUTCOME_CONFLICT
 
     @property
     def correction(self) -> Floats | None:
@@ -95,6 +110,8 @@ class Arrival:
 
     base: Base
     flight: Flight | None
+    afresh: bool = False
+    """After the run was rolled back: the former base is no base of it."""
 
 
 class Flights:
@@ -105,22 +122,40 @@ class Flights:
         self._flights: list[Flight | None] = [None] * count
         self._arrived: list[Base | None] = [None] * count
         self._announced = [0] * count
+        self._outdated = [False] * count
 
-    def launch(self, flight: Flight) -> None:
-        """The fragment must have none under way."""
+    def launch(self, flight: Flight) -> bool:
+        """The fragment must have none under way. False if its base is outdated: then this goes nowhere."""
         assert self._flights[flight.fragment] is None
+        if self._outdated[flight.fragment]:
+            return False
         self._flights[flight.fragment] = flight
+        return True
 
     def flight(self, fragment: int) -> Flight | None:
         return self._flights[fragment]
 
+    def holds(self, flight: Flight) -> bool:
+        """It is still under way."""
+        return self._flights[flight.fragment] is flight
+
+    def restore(self, fragment: int, base: Base, flight: Flight | None) -> None:
+        """The base and the contribution under way that a former process had; what is newer by now has arrived."""
+        if not self._outdated[fragment]:
+            newest = self.newest(fragment)
+            self._arrived[fragment] = newest if newest.version > base.version else None
+            self.bases[fragment], self._flights[fragment] = base, flight
+
     # -- what is heard --
 
-    def on_outcome(self, flight: Flight, outcome: pb.Outcome) -> None:
-        """The answer to a push."""
+    def on_outcome(self, flight: Flight, outcome: pb.Outcome) -> bool:
+        """The answer to a push. True if it is to be pushed again: the fate is not in the answer, and was perhaps told
+        while nobody heard it."""
         flight.outcome = outcome
         self.announce(flight.fragment, outcome.version)
         self._settle_fate(flight)
+        missed, flight.missed = flight.missed, False
+        return missed and flight.counted is None
 
     def on_committed(self, event: pb.Committed) -> None:
         """A round is over."""
@@ -132,17 +167,32 @@ class Flights:
         self.announce(event.fragment, event.version)
 
     def on_versions(self, versions: Iterable[pb.FragmentVersion]) -> list[Flight]:
-        """Where the run is, after a reconnection. Returns what to push again, since its fate was perhaps not heard."""
+        """Where the run is, after a reconnection. Returns what to push again, since its fate was perhaps not heard; of
+        what has no answer yet `on_outcome` says it."""
         again = []
         for entry in versions:
             if entry.fragment >= len(self._flights):
                 continue
             self.announce(entry.fragment, entry.version)
             flight = self._flights[entry.fragment]
-            if flight and flight.outcome and flight.outcome.kind in _KEPT and flight.counted is None:
+            if flight is None or flight.counted is not None:
+                continue
+            if flight.outcome is None:
+                flight.missed = True
+            elif flight.outcome.kind in _KEPT:
                 flight.outcome = None
                 again.append(flight)
         return again
+
+    def rolled_back(self, versions: Iterable[pb.FragmentVersion]) -> None:
+        """The run is another one now than that of which this worker holds bases and contributions."""
+        count = len(self._flights)
+        self._flights, self._arrived = [None] * count, [None] * count
+        self._outdated = [True] * count
+        self._announced = [0] * count
+        for entry in versions:
+            if entry.fragment < count:
+                self.announce(entry.fragment, entry.version)
 
     def announce(self, fragment: int, version: int) -> None:
         """The fragment has come to a version."""
@@ -170,8 +220,18 @@ class Flights:
 
     def wanted(self, fragment: int) -> Base | None:
         """The newest base held, if the run has come further."""
+        if self.lacks_base(fragment):
+            return None
         newest = self.newest(fragment)
         return newest if newest.version < self._announced[fragment] else None
+
+    def outdated(self, fragment: int) -> bool:
+        """The run was rolled back, and the base is still that of before."""
+        return self._outdated[fragment]
+
+    def lacks_base(self, fragment: int) -> bool:
+        """A snapshot is needed, whatever the versions."""
+        return self._outdated[fragment] and self._arrived[fragment] is None
 
     def newest(self, fragment: int) -> Base:
         return self._arrived[fragment] or self.bases[fragment]
@@ -187,8 +247,9 @@ class Flights:
         """What is ready to be merged, unless a contribution's fate is still open. It becomes the base."""
         if not self.settled(fragment):
             return None
-        arrival = Arrival(self.newest(fragment), self._flights[fragment])
+        arrival = Arrival(self.newest(fragment), self._flights[fragment], self._outdated[fragment])
         self._arrived[fragment] = self._flights[fragment] = None
+        self._outdated[fragment] = False
         self.bases[fragment] = arrival.base
         return arrival
 
@@ -197,11 +258,12 @@ class Flights:
         return all(f is None or f.outcome is not None for f in self._flights)
 
     def none_in_flight(self) -> bool:
-        return all(f is None for f in self._flights)
+        """Nothing is awaited: no fate, and no snapshot after a rollback."""
+        return all(f is None for f in self._flights) and not any(self._outdated)
 
     def anything_ready(self) -> bool:
         return any(self.settled(p) for p in range(len(self._flights)))
 
     def caught_up(self, versions: dict[int, int]) -> bool:
         """The newest base of each fragment is at least at its version."""
-        return all(self.newest(p).version >= v for p, v in versions.items())
+        return all(not self.lacks_base(p) and self.newest(p).version >= v for p, v in versions.items())

@@ -1,4 +1,4 @@
-"""The public API: `join` hooks a torch training loop into a run.
+"""A torch training loop, hooked into a run: what `join` gives.
 
 The training thread does three things: after an inner step it copies the fragment that is due (capture), it
 merges the global fragment that is due (apply), and it waits if that has not arrived (stall). All else
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -22,13 +20,15 @@ from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import digest
-from diloco_proto.errors import ConnectionClosed, DilocoError, ServerUnreachable
+from diloco_proto.errors import ConnectionClosed, DilocoError, RunMismatch, ServerUnreachable, StateMismatch
 from diloco_proto.schedule import Schedule
 
 from .binding import Binding
 from .link import Link, Shard
+from .notice import Notice
 from .replica import Replica, Rules
-from .stats import Stats
+from .resume import Saved, account, read, resume, save
+from .stats import Spent, Stats
 from .transport import Transport
 
 log = logging.getLogger("diloco")
@@ -36,42 +36,15 @@ log = logging.getLogger("diloco")
 FLUSH_PATIENCE = 60.0
 """Seconds that `flush` waits for a server that is out of reach."""
 
-
-def join(
-    address: str,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-    *,
-    worker_id: str | None = None,
-    connect_timeout: float = 120.0,
-) -> Outer:
-    """Join the run that the diloco-server at `address` (HOST:PORT) owns, and hook `optimizer.step()`.
-
-    Blocks until the run is open (its `min_workers` have joined); then the model's parameters are the global ones.
-    The first worker's parameters become the run's, unless the server was given some. With several optimizers an
-    inner step is over when the last one in the list has stepped.
-
-    `worker_id` names this worker; the same name in two live processes makes the older one stop. It defaults to
-    host name, process id and a random suffix. `connect_timeout` (seconds) bounds the wait for the server to answer.
-
-    Raises InvalidAddress, ServerUnreachable, UnsupportedModel, MasterWeights, ManifestMismatch (naming the first
-    tensor that differs) or another DilocoError. Use the result in a `with` block; leaving it flushes.
-    """
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    if not optimizers or not all(isinstance(o, torch.optim.Optimizer) for o in optimizers):
-        raise TypeError("join(address, model, optimizer): optimizer must be a torch optimizer or a list of them")
-    try:
-        binding = Binding(model, optimizers)
-        return Outer(Transport(address), binding, optimizers, worker_id or _default_id(), connect_timeout)
-    except DilocoError as error:
-        # What it says is for whoever runs the script: the way it took through threads and gRPC only hides it.
-        raise error.with_traceback(None) from None
+NOTICE_SHARE = 0.8
+"""Of the seconds from SIGTERM to the end: so long a worker waits for its last pushes. The rest is for its own end."""
 
 
 class Outer:
     """A worker's part in a run, from `join` to the end of the `with` block.
 
-    Not thread safe: call it from the thread that trains.
+    Not thread safe: call it from the thread that trains. Processes forked from it, such as DataLoader workers, may read
+    its properties and nothing else: the threads and connections are those of this process.
     """
 
     def __init__(
@@ -81,6 +54,8 @@ class Outer:
         optimizers: Sequence[torch.optim.Optimizer],
         worker_id: str,
         connect_timeout: float,
+        saved: Saved | None = None,
+        sigterm_seconds: float | None = None,
     ) -> None:
         self._transport = transport
         self._binding = binding
@@ -94,12 +69,37 @@ class Outer:
         self._flushed = False
         self._waiting_since: float | None = None
         self._pid = os.getpid()
-        self._link = Link(transport, binding, worker_id, self._beat)
+        self._spent = Spent()
+        self._former_steps = self._former_tokens = 0
+        self._notice: Notice | None = None
+        self._link = Link(
+            transport,
+            binding,
+            worker_id,
+            self._beat,
+            former_run=saved.run_id if saved else "",
+            former_generation=saved.generation if saved else 0,
+        )
         try:
-            start_step = self._link.join(connect_timeout)
+            self._begin(self._link.join(connect_timeout))
+            if saved is not None:
+                self._resume(saved)
+            if sigterm_seconds is not None:
+                self._notice = Notice(sigterm_seconds)
+                self._courier.hurried = lambda: self._notice is not None and self._notice.left is not None
+        except RunMismatch as error:
+            self._link.close("could not join")
+            if saved is None:
+                raise
+            raise StateMismatch(f"{error}. To join that run with its global parameters leave the state out") from None
         except BaseException:
             self._link.close("could not join")
             raise
+        self._hook = optimizers[-1].register_step_post_hook(self._after_step)
+        log.info("joined run %s at %s as %s", self._link.run_id, transport.address, worker_id)
+
+    def _begin(self, start_step: int) -> None:
+        """The run is open, and counts `start_step` inner steps."""
         settings = self._link.settings
         self._courier = self._link.courier
         layout = self._link.layout
@@ -110,30 +110,44 @@ class Outer:
             error_feedback=settings.error_feedback,
         )
         self._check_every = settings.sync_every
-        self._replica = Replica(layout, rules, binding, self._courier, start_step)
+        self._replica = Replica(layout, rules, self._binding, self._courier, start_step)
+        account(self._link, self._replica)
         self._joined_at = time.monotonic()
-        self._hook = optimizers[-1].register_step_post_hook(self._after_step)
-        log.info("joined run %s at %s as %s", self._link.run_id, transport.address, worker_id)
 
     # -- what the trainer asks --
 
     @property
     def stats(self) -> Stats:
-        """How this worker has fared so far."""
-        counters = self._transport.counters
-        now = self._closed_at or time.monotonic()
-        waiting_since, replica = self._waiting_since, self._replica
+        """How this worker has fared so far, in the processes that this one resumed too."""
+        spent, replica = self._spent + self._spent_here, self._replica
         return Stats(
             steps=replica.taken if replica else 0,
             rounds=replica.rounds if replica else 0,
             counted=replica.counted if replica else 0,
             not_counted=replica.not_counted if replica else 0,
+            stall_seconds=spent.stall_seconds,
+            train_seconds=spent.train_seconds,
+            bytes_up=spent.bytes_up,
+            bytes_down=spent.bytes_down,
+            bits_up=_bits(spent.contribution_bytes, spent.contribution_parameters),
+            bits_down=_bits(spent.update_bytes, spent.update_parameters),
+        )
+
+    @property
+    def _spent_here(self) -> Spent:
+        """By this process alone."""
+        counters = self._transport.counters
+        now = self._closed_at or time.monotonic()
+        waiting_since = self._waiting_since
+        return Spent(
             stall_seconds=self._stall_seconds + (now - waiting_since if waiting_since else 0.0),
             train_seconds=now - self._joined_at,
             bytes_up=counters.bytes_up,
             bytes_down=counters.bytes_down,
-            bits_up=_bits(counters.contribution_bytes, counters.contribution_parameters),
-            bits_down=_bits(counters.update_bytes, counters.update_parameters),
+            contribution_bytes=counters.contribution_bytes,
+            contribution_parameters=counters.contribution_parameters,
+            update_bytes=counters.update_bytes,
+            update_parameters=counters.update_parameters,
         )
 
     @property
@@ -155,11 +169,11 @@ class Outer:
 
     @property
     def should_stop(self) -> bool:
-        """The run has had the rounds or tokens that it was to have (`stop_after_rounds`, `stop_after_tokens`):
-        leave the training loop."""
-        return bool(self._link.stopped)
+        """The run has had the rounds or tokens that it was to have (`stop_after_rounds`, `stop_after_tokens`), or this
+        worker has left it on SIGTERM: leave the training loop."""
+        return bool(self._link.stopped) or (self._notice is not None and self._notice.left is not None)
 
-    def report(self, *, tokens: int | None = None, loss: float | None = None) -> None:
+    def report(self, *, tokens: int | None = None, loss: float | torch.Tensor | None = None) -> None:
         """Tell of an inner step, before its `optimizer.step()`: how many tokens (or examples) it trains on, and its
         loss.
 
@@ -171,7 +185,7 @@ class Outer:
                 raise ValueError(f"report(tokens={tokens}): an inner step trains on at least one token")
             self._joined.report(tokens)
         if loss is not None:
-            self._loss = float(loss)
+            self._loss = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
 
     def global_state_dict(self) -> dict[str, torch.Tensor]:
         """The model's `state_dict()` with the global parameters θ in it, as this worker last received them.
@@ -179,11 +193,46 @@ class Outer:
         Names and dtypes are the model's own; tensors are on the CPU. Evaluate and save these rather than the
         local parameters. After `flush` both are the same.
         """
+        self._must_be_its_process()
         return self._binding.state_dict([base.theta for base in self._courier.bases])
 
     def base_digests(self) -> dict[int, int]:
         """Fragment -> 64-bit digest of this worker's base, to be compared with the server's status."""
+        self._must_be_its_process()
         return {p: digest(base.theta) for p, base in enumerate(self._courier.bases)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this worker needs beside model and optimizer to go on after a crash as if there had been none: put it
+        into the trainer's checkpoint, taken between two inner steps.
+
+        Dictionaries of tensors (on the CPU, copies), numbers and strings, for torch.save, weights_only or not, and
+        torch.distributed.checkpoint. It has the base of each fragment and the contribution under way: 4.5 bytes a
+        parameter, 12.5 with error feedback. Waits for no network. Raises NonFiniteParameter if what was to be pushed
+        cannot be.
+        """
+        self._must_be_its_process()
+        return save(self._link, self._joined, self._binding, self._spent + self._spent_here)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave to a former process of this worker, before the first inner step.
+
+        Load model and optimizer of the same checkpoint too, before or after `join`, but before this. What the run has
+        not counted since stays in the local parameters; of fragments in which it has later work of this worker they
+        become the global ones, and the residual of error feedback begins anew: nothing counts twice. diloco_client's
+        `resume` has the rule. Until then a joined worker holds the parameters that joining replaced, in host memory;
+        `join(..., state=...)` does the same without.
+
+        Raises StateMismatch, and leaves everything as it is, for a state of another worker, run or model, for a
+        damaged one, or when the model does not hold the parameters that go with it.
+        """
+        self._must_be_its_process()
+        self._resume(read(state))
+
+    def _resume(self, saved: Saved) -> None:
+        resume(saved, self._link, self._joined, self._binding)
+        self._spent = saved.spent
+        self._former_steps, self._former_tokens = self._joined.taken, self._joined.tokens
+        self._link.forget_replaced()
 
     def flush(self, *, together: bool = False) -> None:
         """End fully synchronised: what this worker still holds goes into the run, then its parameters become θ.
@@ -193,6 +242,7 @@ class Outer:
         stays away for FLUSH_PATIENCE seconds; the model keeps its local parameters then.
         """
         courier, replica = self._courier, self._joined
+        self._must_be_its_process()
         if self._closed:
             raise ConnectionClosed("this worker has left the run; join again to flush")
         replica.push_remainders()
@@ -221,17 +271,20 @@ class Outer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and not self._closed and not self._flushed:
+            if kind is None and not self._closed and not self._flushed and os.getpid() == self._pid:
                 self.flush()
         finally:
             self._close("done" if kind is None else f"stopped by {kind.__name__}")
 
     def _close(self, reason: str) -> None:
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
         self._closed_at = time.monotonic()
         self._hook.remove()
+        if self._notice is not None:
+            self._notice.restore()
+        self._link.forget_replaced()
         self._link.close(reason)
 
     # -- after each inner step --
@@ -240,18 +293,52 @@ class Outer:
         if os.getpid() != self._pid:
             return  # a forked child of the trainer, such as a DataLoader worker
         self._courier.raise_fatal()
+        self._link.forget_replaced()
         if self._finishing:
             self._finishing = self._flushed = False
             self._link.ready()
         replica = self._joined
-        if self._link.pace is not None:
-            replica.set_pace(self._link.pace)
+        self._heed_pace(replica)
         if replica.taken % self._check_every == 0:
             self._binding.check_optimizers()
         for fragment in replica.advance():
             with self._stalled():
                 self._courier.wait(fragment)
+        self._heed_pace(replica)  # it comes with the round that was waited for, and holds from this merge on
         replica.merge()
+        if self._notice is not None and self._notice.left is not None:
+            self._leave_on(self._notice)
+
+    def _heed_pace(self, replica: Replica) -> None:
+        if self._link.pace is not None:
+            replica.set_pace(self._link.pace)
+
+    def _leave_on(self, notice: Notice) -> None:
+        """SIGTERM: push what can be pushed, wait until the server has it, leave, and end as SIGTERM would have."""
+        assert notice.left is not None
+        staged, limit = False, NOTICE_SHARE * notice.left
+        try:
+            self._joined.push_remainders()
+            staged = self._courier.wait_until(self._courier.staged, limit, limit)
+        except DilocoError as error:
+            log.warning("SIGTERM: %s", error)
+        what = "the server has all of its work" if staged else "not all of its work has reached the server"
+        log.warning("SIGTERM: worker %s leaves the run; %s", self.worker_id, what)
+        self._close("SIGTERM")
+        notice.pass_on()
+
+    def _must_be_its_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this process was forked from that of worker {self.worker_id!r}, perhaps as a DataLoader worker: only "
+                "the one that joined can use its Outer. Hand over values instead, such as outer.shard"
+            )
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "an Outer cannot be pickled or copied: it belongs to the process that joined. Hand values to DataLoader "
+            "workers instead, such as outer.shard; to save a checkpoint use outer.state_dict()"
+        )
 
     @property
     def _joined(self) -> Replica:
@@ -259,8 +346,12 @@ class Outer:
         return self._replica
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
+        notice = self._notice
         with record_function("diloco::wait"), self._stalled():
-            reached = self._courier.wait_until(condition, FLUSH_PATIENCE)
+            reached = self._courier.wait_until(lambda: condition() or self._courier.hurried(), FLUSH_PATIENCE)
+        if notice is not None and notice.left is not None:
+            self._leave_on(notice)
+            raise ConnectionClosed("this worker has left the run on SIGTERM; its parameters are the local ones")
         if not reached:
             raise ServerUnreachable(
                 f"the server at {self._transport.address} has been out of reach for {FLUSH_PATIENCE:.0f} s while "
@@ -278,22 +369,18 @@ class Outer:
             self._stall_seconds += time.monotonic() - began
 
     def _beat(self) -> pb.Heartbeat:
-        stats = self.stats
+        spent, replica = self._spent_here, self._replica
         return pb.Heartbeat(
-            step=self._replica.global_step if self._replica else 0,
-            tokens=self._replica.tokens if self._replica else 0,
+            step=replica.global_step if replica else 0,
+            tokens=max(0, replica.tokens - self._former_tokens) if replica else 0,
             loss=self._loss,
-            stall_seconds=stats.stall_seconds,
-            bytes_up=stats.bytes_up,
-            bytes_down=stats.bytes_down,
-            train_seconds=stats.train_seconds,
-            steps=stats.steps,
+            stall_seconds=spent.stall_seconds,
+            bytes_up=spent.bytes_up,
+            bytes_down=spent.bytes_down,
+            train_seconds=spent.train_seconds,
+            steps=max(0, replica.taken - self._former_steps) if replica else 0,
         )
 
 
 def _bits(size: int, parameters: int) -> float:
     return 8 * size / parameters if parameters else 0.0
-
-
-def _default_id() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Encoded, Format, digest, pack_frames, warm_up
-from diloco_proto.errors import DilocoError, InvalidContribution, ManifestMismatch, ServerUnreachable
+from diloco_proto.codec.formats import Floats
+from diloco_proto.errors import (
+    DilocoError,
+    InvalidContribution,
+    ManifestMismatch,
+    RolledBack,
+    RunMismatch,
+    ServerUnreachable,
+)
 from diloco_proto.manifest import Layout, Pattern, build_layout
 
 from .binding import Binding
@@ -31,19 +39,36 @@ class Shard:
     count: int
 
 
+def stem(run_id: str) -> str:
+    """A run id without its lineage: `STEM` at first, `STEM.N` after the n-th rollback."""
+    return run_id.partition(".")[0]
+
+
 class Link:
-    """One worker in one run. `join` blocks until the run is open; afterwards `courier` carries the fragments."""
+    """One worker in one run. `join` blocks until the run is open; afterwards `courier` carries the fragments.
+
+    `former_run` and `former_generation` are those of the process whose saved state this one takes up.
+    """
 
     def __init__(
-        self, transport: Transport, binding: Binding, worker_id: str, beat: Callable[[], pb.Heartbeat]
+        self,
+        transport: Transport,
+        binding: Binding,
+        worker_id: str,
+        beat: Callable[[], pb.Heartbeat],
+        *,
+        former_run: str = "",
+        former_generation: int = 0,
     ) -> None:
         self._transport = transport
         self._binding = binding
+        self._former_run = former_run
         self._session = Session(
             transport,
             worker_id,
-            time.time_ns(),
+            max(time.time_ns(), former_generation + 1),
             binding.manifest,
+            former_run=former_run,
             beat=beat,
             on_welcome=self._on_welcome,
             on_event=self._on_event,
@@ -54,11 +79,17 @@ class Link:
         self._welcome: pb.Welcome | None = None
         self._versions: dict[int, pb.FragmentVersion] | None = None
         self._seed_wanted = False
+        self._connected = False
+        self._entered = False
         self._start_step: int | None = None
         self._fatal: DilocoError | None = None
         self._final: dict[int, int] | None = None
         self._flushes = 0
         self._courier: Courier | None = None
+        self.standings: dict[int, pb.Standing] = {}
+        """What the run had of this worker's former processes when this one joined, by fragment."""
+        self.replaced: dict[int, Floats] = {}
+        """The local values that joining replaced by the global ones, by fragment; until `forget_replaced`."""
         self.pace: int | None = None
         """H that the server wishes of this worker; None for the run's."""
         self.shard = Shard(0, 1)
@@ -84,24 +115,30 @@ class Link:
         return self._session.worker_id
 
     @property
+    def generation(self) -> int:
+        return self._session.generation
+
+    @property
     def layout(self) -> Layout:
         return self._binding.layout
 
     def join(self, connect_timeout: float) -> int:
         """Join the run; returns the inner step from which this worker counts. Blocks until the run is open.
 
-        Afterwards the model's parameters are the global ones. Raises ServerUnreachable, ManifestMismatch or
-        another DilocoError.
+        Afterwards the model's parameters are the global ones, unless a former process is taken up: then they are
+        left alone. Raises ServerUnreachable, ManifestMismatch or another DilocoError.
         """
         self._transport.wait_until_up(connect_timeout, self._say_waiting)
         self._session.start()
-        self._await(lambda: self._courier is not None, connect_timeout)
-        warm_up({Format(self.settings.uplink_codec), Format(self.settings.downlink_codec), Format.FP32})
-        seeds = self._seed_if_asked()
-        bases = [self._base(index, seeds) for index in range(len(self.layout.fragments))]
+        self._await(lambda: self._welcome is not None, connect_timeout)
+        bases = None
+        while bases is None:
+            bases = self._enter()
         for index, base in enumerate(bases):
-            self._binding.adopt(index, base.theta)
-        self.courier.start(bases[: self.layout.num_scheduled])
+            if index >= self.layout.num_scheduled:
+                self._binding.adopt(index, base.theta)
+            elif not self._former_run:
+                self._replace(index, base)
         self._session.say(pb.SessionRequest(ready=pb.Ready()))
         self._await(lambda: self._start_step is not None)
         assert self._start_step is not None
@@ -116,8 +153,9 @@ class Link:
 
     def finished(self) -> None:
         """Wait for the others from now on; `everyone_finished` says when they have come."""
-        self._final = None
-        self._flushes += 1
+        with self._changed:
+            self._final = None
+            self._flushes += 1
         self._session.say(pb.SessionRequest(finished=pb.Finished(flush=self._flushes)))
 
     def everyone_finished(self) -> bool:
@@ -126,46 +164,109 @@ class Link:
 
     def close(self, reason: str) -> None:
         self._session.close(reason)
+        self._transport.close()
         if self._courier is not None:
             self._courier.close()
-        self._transport.close()
 
     # -- joining --
 
-    def _seed_if_asked(self) -> list[Base]:
+    def _enter(self) -> list[Base] | None:
+        """Take part in the run of the last welcome, with the bases that are returned.
+
+        None if there is another by now: it was rolled back, or it had no parameters yet when its server was started
+        anew, and is forgotten.
+        """
+        courier = self._set_up()
+        warm_up({Format(self.settings.uplink_codec), Format(self.settings.downlink_codec), Format.FP32})
+        try:
+            seeds = self._seed_if_asked(courier)
+            bases = [self._base(courier, index, seeds) for index in range(len(self.layout.fragments))]
+        except (RolledBack, RunMismatch):
+            self._await(lambda: self._left(courier))
+            return None
+        with self._changed:
+            if self._left(courier) or not courier.start(bases[: self.layout.num_scheduled], courier.run_id):
+                return None
+            self._session.stay()
+            self._entered = True
+        return bases
+
+    def _set_up(self) -> Courier:
+        """Cut the model as the run does. Raises ManifestMismatch if that does not come out the same."""
+        with self._changed:
+            welcome = self._welcome
+            assert welcome is not None
+            settings = welcome.settings
+            layout = build_layout(self._binding.manifest, settings.num_fragments, Pattern(settings.fragment_pattern))
+            if layout.fingerprint != welcome.layout_fingerprint:
+                raise ManifestMismatch(
+                    "server and worker cut the same model into different fragments: install the same version of "
+                    "diloco on both"
+                )
+            self._binding.attach(layout)
+            courier = self._courier = Courier(
+                self._transport, self._binding, Format(settings.uplink_codec), self._identity
+            )
+            courier.on_welcome(welcome.run_id, list(welcome.versions))
+            if not self._connected:
+                courier.on_lost()
+            return courier
+
+    def _left(self, courier: Courier) -> bool:
+        """The run is another one than when `courier` was set up."""
+        return self._welcome is None or self._welcome.run_id != courier.run_id
+
+    def _seed_if_asked(self, courier: Courier) -> list[Base]:
         """Wait until the run has parameters, giving it this worker's when the server asks for them.
 
-        It may ask again, when the first attempt came to nothing. Returns what was given last.
+        It may ask again, when the first attempt came to nothing. Returns what was given last. Raises RunMismatch if
+        there is another run by now.
         """
         seeds: list[Base] = []
-        while self._versions is None:
-            self._await(lambda: self._versions is not None or self._seed_wanted)
-            if self._seed_wanted and self._versions is None:
+        while True:
+            self._await(lambda: self._versions is not None or self._seed_wanted or self._left(courier))
+            with self._changed:
+                if self._left(courier):
+                    raise RunMismatch("the run is another one now")
+                if self._versions is not None:
+                    return seeds
                 self._seed_wanted = False
-                try:
-                    seeds = self._seed()
-                except InvalidContribution as error:
-                    log.warning("this worker's seed is no longer wanted: %s", error)
-        return seeds
+            try:
+                seeds = self._seed(courier.run_id)
+            except InvalidContribution as error:
+                log.warning("this worker's seed is no longer wanted: %s", error)
 
-    def _seed(self) -> list[Base]:
+    def _replace(self, index: int, base: Base) -> None:
+        """Adopt the global values. The local ones are kept where they differ: a saved state may be theirs."""
+        local = self._binding.capture(index).wait()
+        if digest(local) != digest(base.theta):
+            self.replaced[index] = local.copy()
+        self._binding.adopt(index, base.theta)
+
+    def forget_replaced(self) -> None:
+        """The training has begun: what the model held before is of no use any more."""
+        self.replaced.clear()
+
+    def _seed(self, run_id: str) -> list[Base]:
         """Make this worker's parameters version 0 of the run."""
         bases = []
-        log.info("seeding run %s with this worker's parameters", self.run_id)
+        log.info("seeding run %s with this worker's parameters", run_id)
+        identity = pb.PushHeader(run_id=run_id, worker_id=self.worker_id, generation=self.generation)
         for fragment in self.layout.fragments:
             theta = self._binding.seed_values(fragment.index)
             frames = pack_frames(Encoded(Format.FP32, theta.view("uint8")[:0], theta.view("uint8")))
-            self._transport.push(seed_header(self._identity(), fragment, frames), frames)
+            self._transport.push(seed_header(identity, fragment, frames), frames)
             bases.append(Base(0, theta))
         return bases
 
-    def _base(self, index: int, seeds: list[Base]) -> Base:
+    def _base(self, courier: Courier, index: int, seeds: list[Base]) -> Base:
         """The fragment's global parameters: what this worker seeded, if nothing has changed, else fetched."""
-        assert self._versions is not None
-        now = self._versions[index]
-        if seeds and now.version == 0 and digest(seeds[index].theta) == now.digest:
-            return seeds[index]
-        return self.courier.fetch(index, None)
+        versions = self._versions
+        if seeds and versions is not None:
+            now = versions[index]
+            if now.version == 0 and digest(seeds[index].theta) == now.digest:
+                return seeds[index]
+        return courier.fetch(index, None, courier.run_id)
 
     def _identity(self) -> pb.PushHeader:
         return pb.PushHeader(run_id=self.run_id, worker_id=self._session.worker_id, generation=self._session.generation)
@@ -190,32 +291,34 @@ class Link:
 
     def _on_welcome(self, welcome: pb.Welcome) -> None:
         with self._changed:
-            if self._courier is None:
-                try:
-                    self._set_up(welcome)
-                except DilocoError as error:
-                    self._fatal = error
-            self._welcome = welcome
+            former, self._welcome = self._welcome, welcome
+            self._connected = True
+            if former is None or former.run_id != welcome.run_id:
+                self.standings = {s.fragment: s for s in welcome.standings}
+                self._versions, self._seed_wanted, self._final = None, False, None
             if welcome.seeded:
                 self._versions = {v.fragment: v for v in welcome.versions}
+            if former is not None and stem(former.run_id) != stem(welcome.run_id):
+                self._on_another_run(former.run_id, welcome.run_id)
+            elif self._courier is not None and (self._entered or not self._left(self._courier)):
+                self._courier.on_welcome(welcome.run_id, list(welcome.versions))
             self._changed.notify_all()
-        if self._courier is not None:
-            self._courier.on_versions(list(welcome.versions))
 
-    def _set_up(self, welcome: pb.Welcome) -> None:
-        settings = welcome.settings
-        layout = build_layout(self._binding.manifest, settings.num_fragments, Pattern(settings.fragment_pattern))
-        if layout.fingerprint != welcome.layout_fingerprint:
-            raise ManifestMismatch(
-                "server and worker cut the same model into different fragments: install the same version of diloco "
-                "on both"
-            )
-        self._binding.attach(layout)
-        self._courier = Courier(self._transport, self._binding, Format(settings.uplink_codec), self._identity)
+    def _on_another_run(self, former: str, now: str) -> None:
+        """The server was started anew, and this worker had said hello to whatever run there is."""
+        if not self._entered:
+            log.warning("run %s had no parameters yet and is no more; joining run %s instead", former, now)
+            return
+        self._fatal = RunMismatch(
+            f"the server at {self._transport.address} was started anew while this worker joined run {former}, and runs "
+            f"{now}: start the worker again to join that"
+        )
+        self.courier.fail(self._fatal)
 
     def _on_event(self, event: pb.SessionEvent) -> None:
         if event.HasField("committed"):
-            self.courier.on_committed(event.committed)
+            if self._courier is not None:  # else the versions are fetched later than this one was made
+                self._courier.on_committed(event.committed)
             return
         with self._changed:
             match event.WhichOneof("body"):
@@ -226,7 +329,7 @@ class Link:
                 case "opened":
                     if self._start_step is None:
                         self._start_step = event.opened.start_step
-                    self.courier.set_held(False)
+                    self._hold(False)
                 case "waiting":
                     if event.waiting.ready < event.waiting.needed:
                         log.warning(
@@ -234,11 +337,9 @@ class Link:
                             event.waiting.ready,
                             event.waiting.needed,
                         )
-                    self.courier.set_held(True)
+                    self._hold(True)
                 case "all_finished":
-                    self.courier.on_versions(list(event.all_finished.versions))
-                    scheduled = event.all_finished.versions[: self.layout.num_scheduled]
-                    self._final = {v.fragment: v.version for v in scheduled}
+                    self._on_all_finished(event.all_finished)
                 case "pace":
                     self.pace = event.pace.sync_every
                 case "shard":
@@ -247,14 +348,26 @@ class Link:
                     log.warning("the run has reached its end: %s", event.stop.reason)
                     self.stopped = event.stop.reason
                 case "draining":
-                    log.warning("the server is shutting down: %s", event.draining.reason)
+                    log.debug("the server drains: %s", event.draining.reason)  # the session says so when it is lost
             self._changed.notify_all()
         if self._courier is not None:
             self._courier.notify()
 
-    def _on_lost(self) -> None:
+    def _hold(self, held: bool) -> None:
         if self._courier is not None:
-            self._courier.on_lost()
+            self._courier.set_held(held)
+
+    def _on_all_finished(self, event: pb.AllFinished) -> None:
+        if event.flush != self._flushes or not self._entered:
+            return  # of an earlier flush: the answer to what a reconnection had repeated
+        self.courier.on_versions(list(event.versions))
+        self._final = {v.fragment: v.version for v in event.versions[: self.layout.num_scheduled]}
+
+    def _on_lost(self) -> None:
+        with self._changed:
+            self._connected = False
+            if self._courier is not None:
+                self._courier.on_lost()
 
     def _on_fatal(self, error: DilocoError) -> None:
         with self._changed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import safetensors
@@ -16,17 +16,20 @@ from diloco_proto.errors import ConnectionClosed, NotReady
 from diloco_proto.manifest import Fragment, Pattern, TensorSpec, build_layout
 from diloco_proto.wire import manifest_from_pb
 
+from .connect import Connector, Credentials
 from .transport import Transport
 
 
-def status(address: str, timeout: float = 10.0, *, rounds: int = 0) -> dict[str, Any]:
+def status(
+    address: str | None = None, timeout: float = 10.0, *, rounds: int = 0, **credentials: Unpack[Credentials]
+) -> dict[str, Any]:
     """How the run at `address` stands: state, workers, fragments with version and digest, bytes, configuration.
 
     With `rounds` also the records of each fragment's last so many rounds: who was counted, with which weight.
 
     Raises InvalidAddress or ServerUnreachable (after `timeout` seconds).
     """
-    transport = Transport(address)
+    transport = Transport(Connector(address, **credentials))
     try:
         return status_dict(transport.status(timeout, rounds))
     finally:
@@ -45,6 +48,10 @@ def status_dict(message: pb.RunStatus) -> dict[str, Any]:
         "bytes_out": message.bytes_out,
         "tokens": message.tokens,
         "stopped": message.stopped,
+        "sessions": message.sessions,
+        "version": message.version,
+        "rates": _fields(message.rates),
+        "storage": _fields(message.storage) if message.HasField("storage") else None,
         "config": dict(message.config),
         "workers": [
             {
@@ -76,6 +83,7 @@ def status_dict(message: pb.RunStatus) -> dict[str, Any]:
                 "digest": f"0x{f.digest:016x}",
                 "contributed": list(f.contributed),
                 "waiting_for": list(f.waiting_for),
+                "waits": [_fields(w) | {"at_most": w.at_most if w.HasField("at_most") else None} for w in f.waits],
                 "open_seconds": f.open_seconds,
                 "round_seconds": f.round_seconds,
                 "update_bytes": f.update_bytes,
@@ -89,31 +97,60 @@ def status_dict(message: pb.RunStatus) -> dict[str, Any]:
 def _round_dict(record: pb.RoundStatus) -> dict[str, Any]:
     return {
         "version": record.version,
-        "members": [
-            {field.name: getattr(m, field.name) for field in pb.RoundMember.DESCRIPTOR.fields} for m in record.members
-        ],
+        "members": [_fields(m) for m in record.members],
         "missed": list(record.missed),
         "open_seconds": record.open_seconds,
+        "fill_seconds": record.fill_seconds,
+        "grace_seconds": record.grace_seconds,
     }
 
 
-def export(address: str, path: Path, timeout: float = 30.0) -> int:
+def _fields(message: pb.Rates | pb.Storage | pb.Wait | pb.RoundMember) -> dict[str, Any]:
+    """Of a message of numbers and texts."""
+    return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+
+
+def snapshots(
+    address: str | None = None, timeout: float = 10.0, **credentials: Unpack[Credentials]
+) -> list[dict[str, Any]]:
+    """The snapshots that the server keeps on disk, oldest first: number, version, saved_at (seconds since 1970).
+
+    `version` is the least of the fragments'. Raises InvalidAddress or ServerUnreachable (after `timeout` seconds).
+    """
+    transport = Transport(Connector(address, **credentials))
+    try:
+        kept = transport.describe(timeout).kept
+    finally:
+        transport.close()
+    return [{"number": k.number, "version": min(k.versions, default=0), "saved_at": k.saved_at} for k in kept]
+
+
+def export(
+    address: str | None,
+    path: Path,
+    timeout: float = 30.0,
+    *,
+    snapshot: int | None = None,
+    **credentials: Unpack[Credentials],
+) -> int:
     """Write the run's global parameters to a safetensors file, under the model's own names and dtypes.
 
+    `snapshot`: not as they are, but as the kept snapshot of this number has them (`snapshots`).
+
     Of tied tensors the first name is written; the file's metadata lists the others. Returns the number of
-    tensors. Raises InvalidAddress, ServerUnreachable, NotReady or OSError.
+    tensors. Raises InvalidAddress, ServerUnreachable, NotReady, NotKept or OSError.
     """
-    transport = Transport(address)
+    transport = Transport(Connector(address, **credentials))
     try:
         description = transport.describe(timeout)
         if not description.seeded:
-            raise NotReady(f"the run at {address} has no parameters yet: no worker has joined and seeded it")
+            raise NotReady(f"the run at {transport.address} has no parameters yet: no worker has joined and seeded it")
         manifest = manifest_from_pb(description.manifest)
         config = description.config
         layout = build_layout(manifest, int(config["num_fragments"]), Pattern(config["fragment_pattern"]))
         tensors: dict[str, tuple[TensorSpec, NDArray[Any]]] = {}
         for fragment in layout.fragments:
-            values = _pull_snapshot(transport, description.run_id, fragment, timeout)
+            values = _pull_snapshot(transport, description.run_id, fragment, timeout, snapshot)
             tensors |= _tensors(fragment, values)
     finally:
         transport.close()
@@ -131,8 +168,9 @@ def export(address: str, path: Path, timeout: float = 30.0) -> int:
     return len(tensors)
 
 
-def _pull_snapshot(transport: Transport, run_id: str, fragment: Fragment, timeout: float) -> Floats:
-    items = transport.pull(pb.PullRequest(run_id=run_id, fragment=fragment.index, snapshot=True), timeout)
+def _pull_snapshot(transport: Transport, run_id: str, fragment: Fragment, timeout: float, kept: int | None) -> Floats:
+    request = pb.PullRequest(run_id=run_id, fragment=fragment.index, snapshot=True, kept=kept)
+    items = transport.pull(request, timeout)
     values = np.empty(fragment.length, np.float32)
     try:
         items[-1].apply(values)

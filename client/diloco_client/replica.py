@@ -8,6 +8,7 @@ the rule of the contribution's fate:
     not counted            local ← local + (1 − α)·(θ − base)   keeps all local work, which goes into the next push
     not in the round       local ← local + θ − base             the same, of a round without a push of this worker
     out of date            local ← θ                            the run wants nothing of this work any more
+    rolled back            local ← θ                            nor of any work of a stretch that it has undone
 
 Not counted, a worker moves along with the others by no more than one that was counted: the share α of what they did
 stays open in its next push. Moving along in full costs a run in which half of the pushes are dropped 14 % of its loss,
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -35,7 +36,7 @@ from .flights import Arrival, Base, Captured, Flight
 log = logging.getLogger("diloco")
 
 NEVER = 1 << 62
-"""Due step of a remainder: it is merged off schedule and in full, whenever its fate is known."""
+"""Due step of a remainder: it is merged off schedule and in full, at any step from which on its fate is known."""
 
 
 class Parameters(Protocol):
@@ -71,20 +72,37 @@ class Rules:
 
 
 @dataclass(slots=True)
-class _Uncounted:
+class Uncounted:
     """Where the work on a fragment begins that was not counted yet."""
 
     step: int
     tokens: int
     since_version: int
+    accounted: int
+    """Base version up to which the local values take account of what was counted of this worker; -1 for nothing."""
     residual: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a replica has come."""
+
+    taken: int
+    origin: int
+    k: int
+    """Steps of the schedule since `origin`, of `sync_every` a period."""
+    sync_every: int
+    tokens: int | None
+    rounds: int
+    counted: int
+    not_counted: int
 
 
 class Replica:
     """One worker between its trainer and its carrier.
 
-    Steps: `taken` are the inner steps of this process. `global_step` is the run's count: it began at `start_step`,
-    and a worker with a smaller H advances by as much a round as the others.
+    Steps: `taken` are the inner steps of this process, and of those that it has resumed. `global_step` is the run's
+    count: it began at `start_step`, and a worker with a smaller H advances by as much a round as the others.
     """
 
     def __init__(self, layout: Layout, rules: Rules, parameters: Parameters, carrier: Carrier, start_step: int) -> None:
@@ -99,9 +117,10 @@ class Replica:
         self._count = layout.num_scheduled
         self._schedule = rules.schedule
         self._wanted_pace = rules.schedule.sync_every
+        self._owes = False
         self._origin, self._k = 0, start_step
         self._tokens: int | None = None
-        self._uncounted = [_Uncounted(0, 0, base.version) for base in carrier.bases]
+        self._uncounted = [Uncounted(0, 0, base.version, base.version - 1) for base in carrier.bases]
 
     @property
     def global_step(self) -> int:
@@ -114,7 +133,7 @@ class Replica:
 
     @property
     def tokens(self) -> int:
-        """Tokens of this process, as reported; inner steps if nothing was."""
+        """Tokens trained on in the steps `taken`, as reported; inner steps if nothing was."""
         return self.taken if self._tokens is None else self._tokens
 
     def report(self, tokens: int) -> None:
@@ -133,6 +152,53 @@ class Replica:
         """Another H, from the next period that begins with nothing under way. Any thread may call it."""
         self._wanted_pace = sync_every
 
+    # -- what outlives the process --
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(
+            taken=self.taken,
+            origin=self._origin,
+            k=self._k,
+            sync_every=self._schedule.sync_every,
+            tokens=self._tokens,
+            rounds=self.rounds,
+            counted=self.counted,
+            not_counted=self.not_counted,
+        )
+
+    def uncounted(self, fragment: int) -> Uncounted:
+        """A copy; the residual is never changed in place."""
+        return replace(self._uncounted[fragment])
+
+    def resume(self, progress: Progress, *, moved_on: bool) -> None:
+        """Count on from where a former process was; `reinstate` or `give_up` must follow for each fragment.
+
+        At its place in the schedule; or, if the run has `moved_on`, at the run's, where any joiner begins.
+        """
+        start_step = self.global_step
+        self.taken, self._tokens = progress.taken, progress.tokens
+        self.rounds, self.counted, self.not_counted = progress.rounds, progress.counted, progress.not_counted
+        self._origin, self._k = progress.origin, progress.k
+        self._schedule = self._rules.schedule.with_sync_every(progress.sync_every)
+        if moved_on:
+            self._origin, self._k = 0, max(start_step, self.global_step)
+            self._schedule = self._rules.schedule
+
+    def reinstate(self, fragment: int, uncounted: Uncounted) -> None:
+        """The local values are those of the former process again."""
+        self._uncounted[fragment] = replace(uncounted)
+
+    def give_up(self, fragment: int) -> None:
+        """local ← θ: what the former process had as not counted is in θ by now, or is dropped."""
+        self._adopt(fragment, self._carrier.bases[fragment])
+
+    def account(self, fragment: int, base_version: int) -> None:
+        """A contribution of a former process against this version may yet be counted; none of its work is in the
+        local values."""
+        uncounted = self._uncounted[fragment]
+        uncounted.accounted = max(uncounted.accounted, base_version)
+
     # -- after an inner step --
 
     def advance(self) -> list[int]:
@@ -142,24 +208,25 @@ class Replica:
         self._k += 1
         due = self._schedule.due(self._k)
         for fragment in due.push:
-            if self._carrier.flight(fragment) is None and not self._withheld:
+            self._owes = self._owes or self._withheld
+            if not self._owes and self._carrier.flight(fragment) is None:
                 self._push(fragment, self.taken + self._schedule.overlap_steps)
         return [p for p in due.apply if self._carrier.flight(p) is not None]
 
     def merge(self, *, early: bool = False) -> None:
         """Merge what has arrived: what is due now, what is late, and rounds that this worker was not in.
 
-        A contribution that is due at a later step waits for it, unless `early`.
+        A contribution that is due at a later step waits for it, unless `early`; a remainder waits for none.
         """
         for fragment in range(self._count):
             flight = self._carrier.flight(fragment)
-            if flight is not None and flight.due_step > self.taken and not early:
+            if flight is not None and self.taken < flight.due_step != NEVER and not early:
                 continue
             old = self._carrier.bases[fragment]
             arrival = self._carrier.take(fragment)
             if arrival is not None:
                 self._merge(fragment, old, arrival)
-        if self._pace_changes and self._k % self._schedule.sync_every == 0:
+        if (self._pace_changes or self._owes) and self._k % self._schedule.sync_every == 0:
             self._begin_period()
 
     def push_remainders(self) -> None:
@@ -202,9 +269,15 @@ class Replica:
         self.rounds += new.version > old.version
         self.counted += counted
         self.not_counted += flight is not None and not counted
-        if fragment >= self._num_trained:
-            self._parameters.adopt(fragment, new.theta)
-            self._begin_anew(fragment, self.taken, self.tokens, new.version)
+        if arrival.afresh or fragment >= self._num_trained:
+            self._adopt(fragment, new)
+        elif flight is not None and flight.replaced:
+            log.warning(
+                "fragment %d: another process of this worker has pushed the work that this one resumed with; it goes "
+                "on from the global parameters",
+                fragment,
+            )
+            self._adopt(fragment, new)
         elif flight is not None and flight.resync:
             log.warning(
                 "fragment %d: this worker was away for %d rounds, longer than the run allows (max_away); it goes on "
@@ -212,9 +285,7 @@ class Replica:
                 fragment,
                 new.version - flight.since_version,
             )
-            self._parameters.adopt(fragment, new.theta)
-            self._begin_anew(fragment, self.taken, self.tokens, new.version)
-            self._uncounted[fragment].residual = None
+            self._adopt(fragment, new)
         elif flight is not None and counted:
             self._merge_counted(flight, old, new)
         else:
@@ -234,8 +305,17 @@ class Replica:
         # Steps taken since the push began on the old base; without any, the next one will be on the new.
         since_version = new.version if flight.step == self.taken else flight.base.version
         self._begin_anew(flight.fragment, flight.step, flight.tokens_until, since_version)
+        uncounted = self._uncounted[flight.fragment]
+        uncounted.accounted = flight.base.version
         if flight.feedback:
-            self._uncounted[flight.fragment].residual = flight.next_residual
+            uncounted.residual = flight.next_residual
+
+    def _adopt(self, fragment: int, new: Base) -> None:
+        """local ← θ, and nothing of earlier work is left to push."""
+        self._parameters.adopt(fragment, new.theta)
+        self._begin_anew(fragment, self.taken, self.tokens, new.version)
+        uncounted = self._uncounted[fragment]
+        uncounted.accounted, uncounted.residual = new.version - 1, None
 
     def _begin_anew(self, fragment: int, step: int, tokens: int, since_version: int) -> None:
         """All work up to `step` is settled."""
@@ -256,8 +336,10 @@ class Replica:
         )
 
     def _begin_period(self) -> None:
-        """Begin anew with the wanted pace, unless something late is under way; then go on as before."""
-        if all(self._carrier.flight(p) is None for p in range(self._count)):
+        """Begin anew with the wanted pace, unless something late is under way; then go on as before, and likewise if it
+        is the former pace again. What was withheld is pushed in any case."""
+        self._owes = False
+        if self._pace_changes and all(self._carrier.flight(p) is None for p in range(self._count)):
             self._origin, self._k = self.global_step, 0
             self._schedule = self._schedule.with_sync_every(self._wanted_pace)
             log.info("this worker synchronises every %d inner steps from now on", self._wanted_pace)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from diloco_proto import outer_pb2 as pb
@@ -17,13 +18,22 @@ from .transport import RETRY_LATER, Transport
 
 log = logging.getLogger("diloco")
 
+SILENT_BEATS = 3.0
+"""Heartbeats without an answer; then the session is taken up anew, before the lease of 5 of them runs out."""
+
+LEAST_SILENCE = 5.0
+"""Seconds. With a shorter lease a busy machine would look like a broken link."""
+
 
 class Session:
     """Keeps the worker in the run until `close`.
 
-    `on_event` gets every event but the first Welcome of each connection, on this session's thread;
-    `on_welcome` gets those. `on_lost` is told when the connection breaks, and `on_fatal` gets an error that no
-    new attempt can mend. `beat` makes a heartbeat.
+    `on_event` gets every event but beats and the first Welcome of each connection, on this session's thread;
+    `on_welcome` gets those. `former_run` is the run that a former process was in. `on_lost` is told when the
+    connection breaks, and `on_fatal` gets an error that no new attempt can mend. `beat` makes a heartbeat.
+
+    A run that has no parameters yet is forgotten when its server dies: a worker that waits for them says hello to
+    whatever run there is. From `stay` on it wants the one that it is in.
     """
 
     def __init__(
@@ -33,6 +43,7 @@ class Session:
         generation: int,
         manifest: Manifest,
         *,
+        former_run: str = "",
         beat: Callable[[], pb.Heartbeat],
         on_welcome: Callable[[pb.Welcome], None],
         on_event: Callable[[pb.SessionEvent], None],
@@ -41,7 +52,9 @@ class Session:
     ) -> None:
         self.worker_id = worker_id
         self.generation = generation
-        self.run_id = ""
+        self.run_id = former_run
+        """Of the last welcome; before the first, of the former process."""
+        self._stays = bool(former_run)
         self._transport = transport
         self._manifest = manifest
         self._beat = beat
@@ -52,16 +65,28 @@ class Session:
         self._heartbeat_seconds = 1.0
         self._outgoing: queue.Queue[pb.SessionRequest | None] = queue.Queue()
         self._standing: pb.SessionRequest | None = None
+        self._saying = threading.Lock()
+        self._lost_at: float | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diloco-session", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
+    def stay(self) -> None:
+        """The worker has taken the run's parameters: it belongs to no other run any more."""
+        self._stays = True
+
     def say(self, request: pb.SessionRequest) -> None:
         """Send ready, finishing or finished; said again whenever the session is taken up anew."""
-        self._standing = request
-        self._outgoing.put(request)
+        with self._saying:
+            self._standing = request
+            self._outgoing.put(request)
+
+    def _say_again(self) -> None:
+        with self._saying:  # else what is said in this moment could be followed by what was said before it
+            if self._standing is not None:
+                self._outgoing.put(self._standing)
 
     def close(self, reason: str, timeout: float = 5.0) -> None:
         """Leave the run."""
@@ -76,7 +101,7 @@ class Session:
         attempt = 0
         while not self._closing.is_set():
             try:
-                for event in self._transport.session(self._requests()):
+                for event in self._transport.session(self._requests(), self._patience):
                     attempt = 0
                     self._handle(event)
                 if self._closing.is_set():
@@ -96,6 +121,7 @@ class Session:
                 return
             if attempt == 0:
                 log.warning("lost the server at %s (%s); training goes on", self._transport.address, lost)
+            self._lost_at = self._lost_at or time.monotonic()
             self._on_lost()
             if self._closing.wait(self._transport.retry.pause(attempt)):
                 return
@@ -103,15 +129,20 @@ class Session:
 
     def _handle(self, event: pb.SessionEvent) -> None:
         if event.HasField("welcome"):
-            if self.run_id:
-                log.warning("back in run %s at %s", event.welcome.run_id, self._transport.address)
+            if self._lost_at is not None and self.run_id == event.welcome.run_id:
+                away = time.monotonic() - self._lost_at
+                log.warning("back in run %s at %s after %.0f s", self.run_id, self._transport.address, away)
+            self._lost_at = None
             self.run_id = event.welcome.run_id
             self._heartbeat_seconds = event.welcome.heartbeat_seconds
-            if self._standing is not None:
-                self._outgoing.put(self._standing)
+            self._say_again()
             self._on_welcome(event.welcome)
-        else:
+        elif not event.HasField("beat"):
             self._on_event(event)
+
+    def _patience(self) -> float:
+        """How long the server, which answers every heartbeat, may be silent."""
+        return max(SILENT_BEATS * self._heartbeat_seconds, LEAST_SILENCE)
 
     def _requests(self) -> Iterator[pb.SessionRequest]:
         """Hello, then what is to be said, with heartbeats in between. Ends with the connection."""
@@ -125,7 +156,7 @@ class Session:
                     worker_id=self.worker_id,
                     generation=self.generation,
                     manifest=manifest_to_pb(self._manifest),
-                    run_id=self.run_id,
+                    run_id=self.run_id if self._stays else "",
                 )
             )
         )

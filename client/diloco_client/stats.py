@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,3 +29,20 @@ class Stats:
     """Wire bits a parameter and contribution: codes, scales, frames and messages."""
     bits_down: float
     """Wire bits a parameter and update, likewise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """What adds up over the processes of a worker that is resumed; see Stats and Counters."""
+
+    stall_seconds: float = 0.0
+    train_seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    contribution_bytes: int = 0
+    contribution_parameters: int = 0
+    update_bytes: int = 0
+    update_parameters: int = 0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Spent)})

@@ -42,6 +42,8 @@ class Merge:
     new: Floats
     pushed: Pushed | None
     counted: bool
+    afresh: bool
+    """The run has gone back, and wants nothing of this worker's work since."""
 
 
 class BookedTrainer(ToyTrainer):
@@ -143,18 +145,18 @@ class BookedTrainer(ToyTrainer):
         pushed, self._pushed[fragment] = self._pushed[fragment], None
         counted = False
         if pushed is not None:
-            version = self._ledger.counted.get(pushed)
+            version = self._ledger.version_of(pushed)
             claimed = arrival.flight is not None and arrival.flight.counted is True
-            if version is not None and version > arrival.base.version:
+            if version is not None and version > arrival.base.version and not arrival.afresh:
                 self._broken(3, fragment, f"was counted in version {version}, but {arrival.base.version} is merged")
             counted = version is not None
-            if claimed != counted:
+            if claimed != counted and not arrival.afresh:
                 text = f"{'counted' if counted else 'not counted'}, but its worker takes it for the contrary"
                 self._broken(3, fragment, f"a contribution was {text}")
             if not counted and pushed in self._ledger.staged[fragment]:
                 self._broken(3, fragment, "a contribution waits to be counted, but its worker takes it back")
             pushed.settled = counted
-        self._merge[fragment] = Merge(old.theta, arrival.base.theta, pushed, counted)
+        self._merge[fragment] = Merge(old.theta, arrival.base.theta, pushed, counted, arrival.afresh)
 
     def mix(self, fragment: int, theta: Floats, alpha: float) -> None:
         merge, before = self._take_merge(fragment), self.locals[fragment].astype(np.float64)
@@ -196,6 +198,7 @@ class BookedTrainer(ToyTrainer):
         if merge is not None and merge.counted and merge.pushed is not None:
             self._settle(fragment, merge.pushed)
         away = merge is not None and merge.pushed is not None and merge.pushed.resync and not merge.counted
+        away = away or (merge is not None and merge.afresh)
         if self._held[fragment] and not (buffer or away):
             self._broken(5, fragment, f"inner steps {sorted(self._held[fragment])} are overwritten")
         if away:
@@ -231,7 +234,8 @@ class BookedTrainer(ToyTrainer):
         """The process has flushed: each of its steps was counted, or dropped by a rule."""
         for fragment in range(self.layout.num_trained):
             counted = self._ledger.steps_counted(self._worker_id, self._generation, fragment)
-            lost = set(range(1, self.taken + 1)) - counted - self._dropped[fragment]
+            undone = self._ledger.steps_undone(self._worker_id, self._generation, fragment)
+            lost = set(range(1, self.taken + 1)) - counted - undone - self._dropped[fragment]
             if lost:
                 self._broken(5, fragment, f"inner steps {sorted(lost)} were never counted")
             both = counted & self._dropped[fragment]

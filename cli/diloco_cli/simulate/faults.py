@@ -20,6 +20,7 @@ from diloco_server.pushes import Ticket
 from .booked import BookedTrainer
 from .broken import BrokenPromise
 from .ledger import Pushed
+from .outages import KINDS
 from .parcels import Parcel, parcels_of
 from .spoilt import SPOILT
 from .worker import VirtualWorker
@@ -68,7 +69,12 @@ class Faults:
 
     @property
     def kinds(self) -> list[str]:
-        return list(self._kinds)
+        return [*self._kinds, *KINDS]
+
+    def note(self, name: str) -> None:
+        """A fault of this kind is done."""
+        self._world.promises.note(f"-- {name}")
+        self.counts[name] += 1
 
     def strike(self) -> None:
         """One fault, of a kind that can be done now."""
@@ -248,18 +254,15 @@ class Faults:
     def _send(self, parcel: Parcel) -> None:
         """As a worker's connection would, but nobody hears the answer."""
         header, frames = parcel
-        server = self._world.server
+        server, gate = self._world.server, self._world.server.gate
 
         def begin() -> None:
             try:
-                reply = server.begin_push(header)
+                ticket = server.begin_push(header)
             except DilocoError:
                 return
-            if isinstance(reply, Ticket):
-                ticket = reply
-                self._world.clock.after(
-                    self._rng.choice((0.0, self._lease(0, 0.3))), lambda: server.gate(lambda: end(ticket))
-                )
+            if ticket is not None:
+                self._world.clock.after(self._rng.choice((0.0, self._lease(0, 0.3))), lambda: gate(lambda: end(ticket)))
 
         def end(ticket: Ticket) -> None:
             try:
@@ -267,7 +270,7 @@ class Faults:
             except DilocoError:
                 return
 
-        self._world.clock.after(self._rng.choice((0.0, self._lease(0, 0.2))), lambda: server.gate(begin))
+        self._world.clock.after(self._rng.choice((0.0, self._lease(0, 0.2))), lambda: gate(begin))
 
     def _forge(self) -> bool:
         """Other bytes under the key of a contribution under way, as from a process that trained anew."""
@@ -277,9 +280,9 @@ class Faults:
         header, frames = self._other_bytes(*chosen, parts=1)[0]
         server = self._world.server
         try:
-            reply = server.begin_push(header)
-            if isinstance(reply, Ticket):
-                server.finish_push(reply, frames)
+            ticket = server.begin_push(header)
+            if ticket is not None:
+                server.finish_push(ticket, frames)
         except DilocoError:
             pass
         return True
@@ -361,7 +364,7 @@ class Faults:
 
     def _state(self) -> object:
         run = self._world.server.run
-        model = run._must_have_model()
+        model = run.model
         members = [(m.worker_id, m.generation, m.state, m.seen, m.moved) for m in run.members.all()]
         rounds = [run.rounds.round(p) for p in range(model.layout.num_scheduled)]
         staged = [(r.version, tuple(r.contributions), tuple(sorted(r.expected))) for r in rounds if r is not None]

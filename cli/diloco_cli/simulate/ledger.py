@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec.formats import Floats
 from diloco_server.model import Committed
+from diloco_server.rounds import Contribution
 
 from .broken import BrokenPromise
 
@@ -59,9 +60,16 @@ class Ledger:
     """Contribution -> the version that it led to."""
     staged: dict[int, dict[Pushed, int]] = field(default_factory=lambda: defaultdict(dict))
     """Fragment -> those that were acknowledged and wait, and the version they will be counted on."""
+    undone: dict[Pushed, int] = field(default_factory=dict)
+    """Counted once, until the run went back to an earlier version."""
+    _acknowledged: set[Pushed] = field(default_factory=set)
+    """Of those that wait."""
+    _admitted: list[tuple[int, str, int]] = field(default_factory=list)
+    """Position on disk, worker and generation of every hello."""
     _by_key: dict[tuple[int, int, str], list[Pushed]] = field(default_factory=lambda: defaultdict(list))
     _steps: dict[tuple[str, int, int], set[int]] = field(default_factory=lambda: defaultdict(set))
     """(worker, generation, fragment) -> the inner steps that were counted."""
+    _undone_steps: dict[tuple[str, int, int], set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def note(self, pushed: Pushed) -> None:
         """It begins its way."""
@@ -82,11 +90,21 @@ class Ledger:
     def steps_counted(self, worker_id: str, generation: int, fragment: int) -> set[int]:
         return self._steps[worker_id, generation, fragment]
 
+    def steps_undone(self, worker_id: str, generation: int, fragment: int) -> set[int]:
+        """Those that were counted in versions that are no more."""
+        return self._undone_steps[worker_id, generation, fragment]
+
+    def version_of(self, pushed: Pushed) -> int | None:
+        """The version in which it was counted, be it undone since; None if it never was."""
+        return self.counted.get(pushed, self.undone.get(pushed))
+
     # -- generations --
 
-    def attached(self, worker_id: str, generation: int) -> None:
+    def attached(self, worker_id: str, generation: int, position: int) -> None:
+        """`position`: of the server's disk, by then."""
         self.fence(worker_id, generation)
         self.newest[worker_id] = generation
+        self._admitted.append((position, worker_id, generation))
 
     def fence(self, worker_id: str, generation: int) -> None:
         """The server has listened to this process."""
@@ -125,6 +143,11 @@ class Ledger:
                 check(version - pushed.since_version > self.max_away, "its worker was not away for long")
                 pushed.resync = True
 
+    def acknowledge(self, header: pb.PushHeader, outcome: pb.Outcome) -> None:
+        """The outcome is on its way to the worker."""
+        if outcome.kind in (pb.OUTCOME_STAGED, pb.OUTCOME_ALREADY_HAVE):
+            self._acknowledged.add(self.of_header(header))
+
     def committed(self, committed: Committed) -> list[Pushed]:
         """An outer step was made; returns its contributions, in its order."""
         close = committed.close
@@ -139,6 +162,7 @@ class Ledger:
             )
         for pushed in entered:
             del waiting[pushed]
+            self._acknowledged.discard(pushed)
         if close.contributions:
             for pushed in entered:
                 self._count(pushed, close.base_version + 1)
@@ -163,3 +187,33 @@ class Ledger:
             text = f"inner steps {min(twice)} to {max(twice)} are counted twice"
             raise BrokenPromise(3, text, worker_id=pushed.worker_id, fragment=pushed.fragment)
         known |= pushed.steps
+
+    # -- when the server dies --
+
+    def restarted(self, waiting: Iterable[Contribution], kept: int, afresh: bool) -> None:
+        """The server is back, with what was on disk up to the position `kept`, and these wait to be counted. `afresh`:
+        it went back to an earlier state, and nothing waits that did."""
+        held = {self.find(c.key.fragment, c.key.base_version, c.key.worker_id, c.frames.items()) for c in waiting}
+        if afresh:
+            self.staged.clear()
+            self._acknowledged.clear()
+        for fragment, staged in self.staged.items():
+            for pushed in [p for p in staged if p not in held]:
+                if pushed in self._acknowledged:
+                    text = "it was acknowledged, and is gone after a restart of the server"
+                    raise BrokenPromise(3, text, worker_id=pushed.worker_id, fragment=fragment)
+                del staged[pushed]
+        for pushed in held:
+            if pushed not in self.staged[pushed.fragment]:
+                text = "after a restart of the server it waits to be counted, as it did not before"
+                raise BrokenPromise(3, text, worker_id=pushed.worker_id, fragment=pushed.fragment)
+        self._admitted = [a for a in self._admitted if a[0] <= kept]
+        self.newest = {worker_id: generation for _, worker_id, generation in self._admitted}
+
+    def go_back(self, fragment: int, version: int) -> None:
+        """What was counted in later versions than this is undone."""
+        for pushed in [p for p, v in self.counted.items() if p.fragment == fragment and v > version]:
+            self.undone[pushed] = self.counted.pop(pushed)
+            key = pushed.worker_id, pushed.generation, fragment
+            self._steps[key] -= pushed.steps
+            self._undone_steps[key] |= pushed.steps

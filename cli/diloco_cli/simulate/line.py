@@ -33,7 +33,7 @@ class Line:
         self,
         clock: Clock,
         speed: Speed,
-        server: Gate | None = None,
+        server: Callable[[], Gate] = Gate,
         worker: Gate | None = None,
         jitter: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -41,7 +41,8 @@ class Line:
         self.jitter = jitter
         """Seconds more that the next message of a call takes. Those of a session stay in order."""
         self.clock = clock
-        self.server = server or Gate()
+        self.server = server
+        """The gate of the server's process of this moment."""
         self.worker = worker or Gate()
         self.broken = False
         """No connection can be made."""
@@ -55,11 +56,12 @@ class Line:
 
 class Connection:
     """From a connect to a cut. What is on its way down when it is cut does not arrive; what is on its way up may
-    still arrive, later, if it had left before."""
+    still arrive, later, if it had left before. It ends at one process of the server, and nothing reaches another."""
 
     def __init__(self, line: Line) -> None:
         self.alive = True
         self._line = line
+        self._server = line.server()
         self._cut_at = 0.0
         self._lag: float | None = None
 
@@ -104,9 +106,9 @@ class Connection:
 
         def deliver() -> None:
             if self.alive:
-                line.server(arrive)
+                self._server(arrive)
             elif self._lag is not None and sent <= self._cut_at:
-                line.clock.after(self._lag, lambda: line.server(arrive))
+                line.clock.after(self._lag, lambda: self._server(arrive))
 
         line.clock.after(sent - line.clock.now + line.speed.latency + more, deliver)
 

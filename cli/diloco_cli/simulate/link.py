@@ -15,7 +15,7 @@ from diloco_client.transport import RETRY_LATER, PulledItem
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PROTOCOL_VERSION
 from diloco_proto.codec import Encoded, Format, digest, pack_frames
-from diloco_proto.errors import DilocoError
+from diloco_proto.errors import DilocoError, RolledBack
 from diloco_proto.manifest import Layout, Pattern, Role, build_layout
 from diloco_proto.wire import manifest_to_pb
 from diloco_server.pushes import Ticket
@@ -23,12 +23,10 @@ from diloco_server.pushes import Ticket
 from .clock import Action, Clock, Gate
 from .line import Connection, Line
 from .parcels import Parcel, Traffic, parcels_of
-from .server import Peer, VirtualServer
+from .server import Answer, Peer, VirtualServer
 from .toy import Trainer
 
 RETRY_SECONDS = 0.25
-
-Answer = Callable[[pb.Outcome], None]
 
 
 class VirtualLink:
@@ -81,7 +79,8 @@ class VirtualLink:
         self._beat = beat
         self._parts = parts
         self._wire_scale = wire_scale
-        self._run_id = ""
+        self.run_id = ""
+        """As the last welcome said."""
         self._connection: Connection | None = None
         self._peer: Peer | None = None
         self._standing: pb.SessionRequest | None = None
@@ -107,14 +106,14 @@ class VirtualLink:
 
     def connect(self) -> None:
         """Say hello, at first or after a cut."""
-        if self.connected or self.line.broken or self.ended or self.failure:
+        if self.connected or self.line.broken or self.ended or self.failure or not self._server.up:
             return
         hello = pb.Hello(
             protocol=PROTOCOL_VERSION,
             worker_id=self.worker_id,
             generation=self.generation,
             manifest=manifest_to_pb(self.trainer.manifest),
-            run_id=self._run_id,
+            run_id=self.run_id,
         )
         connection = self._connection = self.line.connect()
         peer = self._peer = Peer(connection, self.hear, self.end_session)
@@ -138,6 +137,21 @@ class VirtualLink:
         if noticed and peer is not None:
             self._server.gate(lambda: self._server.detach(peer))
         self._changed()
+
+    def reset(self, seconds: float) -> None:
+        """The process at the other end has died: in so many seconds the connection breaks."""
+        connection = self._connection
+        if connection is not None:
+            self._later(seconds, lambda: self._on_reset(connection))
+
+    def _on_reset(self, connection: Connection) -> None:
+        if self._connection is connection:
+            self.lose(noticed=False)
+            self._later(RETRY_SECONDS, self.connect)
+
+    def come_back(self, seconds: float) -> None:
+        """The server is up again: the next attempt to reach it is in so many seconds."""
+        self._later(seconds, self.connect)
 
     def say(self, request: pb.SessionRequest) -> None:
         """Said again whenever the session is taken up anew."""
@@ -208,7 +222,7 @@ class VirtualLink:
         self._changed()
 
     def _on_welcome(self, welcome: pb.Welcome) -> None:
-        self._run_id = welcome.run_id
+        former, self.run_id = self.run_id, welcome.run_id
         self.heartbeat_seconds = welcome.heartbeat_seconds
         if self.flights is None:
             settings = self.settings = welcome.settings
@@ -221,9 +235,19 @@ class VirtualLink:
             self.parcels = [[] for _ in range(layout.num_scheduled)]
         if self._standing is not None:
             self.send(self._standing)
+        if former and former != welcome.run_id:
+            self._rolled_back(welcome.versions)
         if welcome.seeded:
             self._fetch_snapshots()
             self._resume(welcome.versions)
+
+    def _rolled_back(self, versions: Sequence[pb.FragmentVersion]) -> None:
+        """The run is another one now: as Link and Courier do."""
+        self.final = None
+        self.snapshots.clear()
+        self._sending.clear()
+        self._pulling.clear()
+        self.its_flights.rolled_back(versions)
 
     # -- joining --
 
@@ -278,7 +302,8 @@ class VirtualLink:
         return arrival
 
     def push(self, flight: Flight) -> None:
-        self.its_flights.launch(flight)
+        if not self.its_flights.launch(flight):
+            return
         fragment = self.layout.fragments[flight.fragment]
         fmt = Format.FP32 if fragment.role is Role.BUFFER else Format(self.settings.uplink_codec)
         assert flight.captured is not None
@@ -319,28 +344,27 @@ class VirtualLink:
         def refused(error: DilocoError) -> None:
             if isinstance(error, RETRY_LATER):
                 self._later(RETRY_SECONDS, lambda: self._upload(parcel, answered) if connection.alive else None)
-            else:
+            elif not isinstance(error, RolledBack):  # the welcome that is on its way says what is now
                 self._fail(error)
 
         def begin() -> None:
             try:
-                ticket = self._server.begin_push(header)
+                ticket = self._server.begin_push(header, answer)
             except DilocoError as error:
                 connection.answer(lambda error=error: refused(error))  # type: ignore[misc]
                 return
-            if isinstance(ticket, Ticket):
+            if ticket is not None:
                 self.traffic.push(header, frames, self.layout.fragments[header.fragment].parameters)
                 size = sum(map(len, frames)) * self._wire_scale
                 connection.up(size, lambda: finish(ticket))
-            else:
-                connection.answer(lambda: self._on_answer(answered, ticket))
 
         def finish(ticket: Ticket) -> None:
             try:
-                outcome = self._server.finish_push(ticket, frames)
+                self._server.finish_push(ticket, frames, answer)
             except DilocoError as error:
                 connection.answer(lambda error=error: refused(error))  # type: ignore[misc]
-                return
+
+        def answer(outcome: pb.Outcome) -> None:
             connection.answer(lambda: self._on_answer(answered, outcome))
 
         connection.ask(begin)
@@ -353,7 +377,7 @@ class VirtualLink:
         if self.its_flights.bases:
             for fragment in range(self.layout.num_scheduled):
                 base = self.its_flights.wanted(fragment)
-                if base is not None:
+                if base is not None or self.its_flights.lacks_base(fragment):
                     self._pull(fragment, base)
 
     def _pull(self, fragment: int, base: Base | None) -> None:
@@ -361,19 +385,25 @@ class VirtualLink:
         if fragment in self._pulling or connection is None:
             return
         self._pulling.add(fragment)
-        request = pb.PullRequest(run_id=self._run_id, fragment=fragment, snapshot=base is None)
+        request = pb.PullRequest(run_id=self.run_id, fragment=fragment, snapshot=base is None)
         if base is not None:
             request.since_version = base.version
 
         def arrive() -> None:
-            items = self._server.pull(request)
+            try:
+                items = self._server.pull(request)
+            except RolledBack:
+                return  # the welcome that is on its way says what is now
             size = self.traffic.pull(items, self.layout.fragments[fragment].parameters)
-            connection.down(size * self._wire_scale, lambda: self._on_pulled(fragment, base, items))
+            connection.down(size * self._wire_scale, lambda: self._on_pulled(request, base, items))
 
         connection.ask(arrive)
 
-    def _on_pulled(self, fragment: int, base: Base | None, items: list[PulledItem]) -> None:
+    def _on_pulled(self, request: pb.PullRequest, base: Base | None, items: list[PulledItem]) -> None:
         self._watch.count("pulled")
+        if request.run_id != self.run_id:
+            return
+        fragment = request.fragment
         self._pulling.discard(fragment)
         theta = np.zeros(self.layout.fragments[fragment].length, np.float32) if base is None else base.theta.copy()
         for item in items:
@@ -390,4 +420,4 @@ class VirtualLink:
         self._changed()
 
     def _identity(self) -> pb.PushHeader:
-        return pb.PushHeader(run_id=self._run_id, worker_id=self.worker_id, generation=self.generation)
+        return pb.PushHeader(run_id=self.run_id, worker_id=self.worker_id, generation=self.generation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,11 @@ class Oracle:
         self._buffer = np.zeros_like(theta)
         self._window, self._in_window = 1, 0
         self._norms: deque[float] = deque(maxlen=64)
+        self._works: deque[int] = deque(maxlen=64)
         self._sizes: deque[float] = deque(maxlen=64)
+        self._updates: list[list[bytes]] = [[]]
+        """The frames that led to each version."""
+        self._past = [self._state()]
 
     def check(self, committed: Committed, entered: Sequence[Pushed], live: int) -> None:
         """A step was made of these contributions (none: they overflow). `live`: workers when it was decided."""
@@ -57,14 +62,60 @@ class Oracle:
         if committed.update.digest != digest(self.theta):
             raise BrokenPromise(1, "the server's parameters are not what it publishes", fragment=self._fragment)
         self.history.append(self.theta.tobytes())
+        self._updates.append(expected)
+        self._past.append(self._state())
+
+    def check_again(self, committed: Committed) -> None:
+        """A step that was made before was made again, after a restart."""
+        published = [pb.PullReply.FromString(m).frame for m in committed.update.messages]
+        if published != self._updates[committed.update.version]:
+            text = f"version {committed.update.version}, made again, is not the one that was published"
+            raise BrokenPromise(1, text, fragment=self._fragment)
+
+    def check_state(self, version: int, theta: Floats) -> None:
+        """The server is back at this version."""
+        newest = len(self.history) - 1
+        if version != newest:
+            text = f"version {newest} was published, and after a restart the server is at {version}"
+            raise BrokenPromise(3, text, fragment=self._fragment)
+        if theta.tobytes() != self.history[version]:
+            text = "after a restart the server's parameters are not what it published"
+            raise BrokenPromise(1, text, fragment=self._fragment)
+
+    def go_back(self, version: int) -> None:
+        """The versions after this one are undone."""
+        del self.history[version + 1 :], self._updates[version + 1 :], self._past[version + 1 :]
+        (
+            self.theta,
+            self._momentum,
+            self._residual,
+            self._buffer,
+            self._window,
+            self._in_window,
+            norms,
+            works,
+            sizes,
+        ) = self._past[version]
+        for series, values in ((self._norms, norms), (self._works, works), (self._sizes, sizes)):
+            series.clear()
+            series.extend(values)
+
+    def _state(self) -> tuple[Any, ...]:
+        """All that the next step depends on; arrays are never changed in place."""
+        series = tuple(self._norms), tuple(self._works), tuple(self._sizes)
+        return self.theta, self._momentum, self._residual, self._buffer, self._window, self._in_window, *series
 
     def _shares(self, members: Sequence[Pushed], version: int, live: int) -> list[np.float32]:
         """The coefficient of each contribution."""
         config = self._config
         norms = [float(np.sqrt(np.sum(p.decoded.astype(np.float64) ** 2))) for p in members]
-        limit = config.max_outer_grad_norm * median([*self._norms, *norms]) if config.max_outer_grad_norm else np.inf
+        known = [n for n in (*self._norms, *norms) if n > 0]
+        limit = config.max_outer_grad_norm * median(known) if config.max_outer_grad_norm and known else np.inf
         limit = np.inf if self._buffers else limit
-        scales = [1.0 if n <= limit else limit / n for n in norms]
+        work = median([*self._works, *(p.tokens for p in members)])
+        limits = [limit * max(1.0, p.tokens / work) for p in members]
+        scales = [1.0 if n <= most else most / n for n, most in zip(norms, limits, strict=True)]
+        self._works.extend(p.tokens for p in members)
         self._norms.extend(n * s for n, s in zip(norms, scales, strict=True))
         tokens = [1.0 if config.weighting == "uniform" else float(p.tokens) for p in members]
         if not self._delayed:

@@ -31,11 +31,17 @@ class Open:
     """What is known of a fragment's open round."""
 
     version: int
-    at_first: frozenset[str]
-    """Who was expected when it opened."""
+    at_first: set[str]
+    """Who was expected when it opened; if that was nobody, whoever came before the first contribution."""
+    position: int = 0
+    """Of the disk, when it opened."""
+    nobody: bool = False
+    expected: set[str] = field(default_factory=set)
+    """At the last look."""
     quorum_at: float | None = None
     first_at: float | None = None
     last_at: float | None = None
+    opened_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -51,7 +57,8 @@ class Patience:
     _moved: dict[str, Seen] = field(default_factory=dict)
     _cut: dict[str, Seen] = field(default_factory=dict)
     _steps: dict[str, int] = field(default_factory=dict)
-    _ended: set[str] = field(default_factory=set)
+    _ended: dict[str, int] = field(default_factory=dict)
+    """Worker -> position on disk of its word."""
     _open: dict[int, Open] = field(default_factory=dict)
     _fill_times: deque[float] = field(default_factory=lambda: deque(maxlen=16))
     _open_times: deque[float] = field(default_factory=lambda: deque(maxlen=16))
@@ -61,15 +68,15 @@ class Patience:
     def attached(self, worker_id: str, new_process: bool) -> None:
         self._heard[worker_id] = self._now()
         self._cut.pop(worker_id, None)
-        if new_process:
+        if new_process or worker_id not in self._moved:
             self._moved[worker_id] = self._now()
             self._steps[worker_id] = 0
-            self._ended.discard(worker_id)
+            self._ended.pop(worker_id, None)
 
     def cut(self, worker_id: str) -> None:
         self._cut[worker_id] = self._now()
 
-    def heard(self, worker_id: str, request: pb.SessionRequest) -> None:
+    def heard(self, worker_id: str, request: pb.SessionRequest, position: int) -> None:
         body = request.WhichOneof("body")
         if body == "heartbeat":
             self._heard[worker_id] = self._now()
@@ -77,10 +84,10 @@ class Patience:
                 self.moved(worker_id)
             self._steps[worker_id] = request.heartbeat.step
         elif body == "ready":
-            self._ended.discard(worker_id)
+            self._ended.pop(worker_id, None)
             self.moved(worker_id)
         elif body in ("finishing", "finished"):
-            self._ended.add(worker_id)
+            self._ended.setdefault(worker_id, position)
 
     def moved(self, worker_id: str) -> None:
         """Its training goes on."""
@@ -104,12 +111,59 @@ class Patience:
         if not current.expected - current.contributions.keys() and known.first_at is not None:
             assert known.last_at is not None
             self._fill_times.append(known.last_at - known.first_at)
-        self._open_times.append(self.clock.now - current.opened_at)
+        self._open_times.append(self.clock.now - known.opened_at)
+
+    def restarted(self, run: Run, kept: int, position: int, *, afresh: bool) -> None:
+        """The server is back, with what was on disk up to `kept`: every lease begins anew. `position`: see check.
+        `afresh`: the run went back to an earlier state."""
+        before, self.run, now = self._open, run, self._now()
+        self._open, self._cut = {}, {}
+        self._fill_times.clear()
+        self._open_times.clear()
+        self._ended = {worker_id: at for worker_id, at in self._ended.items() if at <= kept}
+        members = run.members.all()
+        self._heard = {m.worker_id: now for m in members}
+        self._moved = dict(self._heard)
+        self._steps = {m.worker_id: m.last.step for m in members}
+        self._opened = run.opened
+        for fragment in range(run.layout.num_scheduled if run.opened else 0):
+            known = before.get(fragment)
+            same = known is not None and known.position <= kept and not afresh
+            self._reopen(fragment, known if same else None, position)
+            if afresh:
+                current = run.rounds.round(fragment)
+                assert current is not None
+                self._open[fragment].nobody = current.nobody  # it opened once, long ago
+
+    def _reopen(self, fragment: int, before: Open | None, position: int) -> None:
+        """A round after a restart. `before`: as it was, unless it has opened only now."""
+        current, now = self.run.rounds.round(fragment), self.clock.now
+        assert current is not None
+        known = self._open[fragment] = Open(current.version, set(current.expected), opened_at=now)
+        known.nobody, known.position = not current.expected, position
+        if current.contributions:
+            known.first_at = known.last_at = now
+        if before is not None and before.version == current.version and not self.config.asynchronous:
+            known.nobody, known.position = before.nobody, before.position
+            self._check_same(fragment, before, joined_late=not before.nobody or known.first_at is not None)
+
+    def _check_same(self, fragment: int, before: Open, joined_late: bool) -> None:
+        """The round waits for the same workers as before. `joined_late`: not for whoever has come since."""
+        current = self.run.rounds.round(fragment)
+        assert current is not None
+        ready = {m.worker_id for m in self.run.members.in_state(MemberState.READY)}
+        forgotten, joined = before.expected & ready - current.expected, current.expected - before.at_first
+        if forgotten:
+            text = "after a restart a round no longer waits for it, as it did before"
+            self._broken(fragment, min(forgotten), text)
+        if joined and joined_late:
+            text = "it joined after the round had opened, and after a restart the round waits for it"
+            self._broken(fragment, min(joined), text)
 
     # -- the promise --
 
-    def check(self) -> None:
-        """The server has dealt with all that happened so far."""
+    def check(self, position: int) -> None:
+        """The server has dealt with all that happened so far; its disk is at this position."""
         if not self.run.opened:
             return
         if not self._opened:
@@ -117,19 +171,24 @@ class Patience:
             for worker_id in self._moved:
                 self.moved(worker_id)
         for fragment in range(self.run.layout.num_scheduled):
-            self._check_round(fragment)
+            self._check_round(fragment, position)
 
-    def _check_round(self, fragment: int) -> None:
+    def _check_round(self, fragment: int, position: int) -> None:
         current = self.run.rounds.round(fragment)
         assert current is not None
         known = self._open.get(fragment)
         if known is None:
-            known = self._open[fragment] = Open(current.version, frozenset(current.expected))
+            known = self._open[fragment] = Open(current.version, set(current.expected), opened_at=self.clock.now)
+            known.nobody, known.position = not current.expected, position
             self._check_expected(fragment, current.expected)
+        known.expected = set(current.expected)
         if self.config.asynchronous:
             return
         joined = current.expected - known.at_first
-        if joined:
+        if known.nobody and known.first_at is None:
+            self._check_expected(fragment, joined)
+            known.at_first |= joined
+        elif joined:
             self._broken(fragment, min(joined), "it joined after the round had opened, and the round waits for it")
         missing = current.expected - current.contributions.keys()
         for worker_id in missing:

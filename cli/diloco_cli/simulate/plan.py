@@ -145,7 +145,7 @@ class _Crew:
 
     def _start(self, i: int, generation: int) -> None:
         plan, share = self._plan, self.shares[i]
-        line = Line(self._clock, plan.speed, self._server.gate, Gate())
+        line = Line(self._clock, plan.speed, lambda: self._server.gate, Gate())
         manifest = toy_manifest(plan.config.num_fragments, size=SIZE)
         worker = VirtualWorker(
             self._clock,

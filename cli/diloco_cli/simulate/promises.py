@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
+from collections.abc import Callable
 
 from diloco_client.flights import Arrival, Base, Flight
 from diloco_client.replica import NEVER
@@ -20,6 +21,7 @@ from .link import VirtualLink
 from .oracle import Oracle
 from .parcels import Parcel
 from .patience import Patience
+from .revival import Revived
 from .watch import Watch
 
 
@@ -38,14 +40,19 @@ class Promises(Watch):
         self.failed: list[VirtualLink] = []
         self.parcels: list[Parcel] = []
         """All contributions that were sent off."""
+        self._met: list[VirtualLink] = []
+        """Those that have flushed together, and were not looked at yet."""
+        self._former: dict[str, list[list[bytes]]] = {}
+        """Run id before the run went back -> the history of every fragment until then."""
         self._limits: dict[int, int] = {}
         """The highest staleness limit of each fragment since its last outer step."""
         self.trace = 0
         """A checksum of all events and their times."""
 
-    def begin(self, run: Run) -> None:
-        """Watch this run."""
+    def begin(self, run: Run, position: Callable[[], int] = lambda: 0) -> None:
+        """Watch this run. `position` is that of its disk."""
         self.run = run
+        self._position = position
         self.patience = Patience(self.config, run, self.clock)
 
     def count(self, kind: str) -> None:
@@ -60,13 +67,13 @@ class Promises(Watch):
 
     def attached(self, worker_id: str, generation: int) -> None:
         new = self.ledger.newest.get(worker_id) != generation
-        self.ledger.attached(worker_id, generation)
+        self.ledger.attached(worker_id, generation, self._position())
         self.patience.attached(worker_id, new)
         self.note(f"{worker_id}#{generation} is attached")
 
     def heard(self, worker_id: str, generation: int, request: pb.SessionRequest) -> None:
         self.ledger.fence(worker_id, generation)
-        self.patience.heard(worker_id, request)
+        self.patience.heard(worker_id, request, self._position())
         if not request.HasField("heartbeat"):
             self.note(f"{worker_id}#{generation} says {request.WhichOneof('body')}")
 
@@ -75,6 +82,9 @@ class Promises(Watch):
 
     def admitted(self, header: pb.PushHeader) -> None:
         self.ledger.fence(header.worker_id, header.generation)
+        if header.run_id != self.run.run_id:
+            text = f"a push to {header.run_id} is taken by {self.run.run_id}"
+            raise BrokenPromise(6, text, worker_id=header.worker_id, fragment=header.fragment)
 
     def answered(self, header: pb.PushHeader, outcome: pb.Outcome) -> None:
         if header.purpose != pb.PURPOSE_CONTRIBUTION:
@@ -91,6 +101,10 @@ class Promises(Watch):
             self.patience.staged(header.fragment)
             self.patience.moved(header.worker_id)
 
+    def acknowledged(self, header: pb.PushHeader, outcome: pb.Outcome) -> None:
+        if header.purpose == pb.PURPOSE_CONTRIBUTION:
+            self.ledger.acknowledge(header, outcome)
+
     def _check_stale(self, header: pb.PushHeader) -> None:
         limit = 0
         if self.config.asynchronous:
@@ -101,13 +115,17 @@ class Promises(Watch):
             raise BrokenPromise(6, text, worker_id=header.worker_id, fragment=header.fragment)
 
     def committed(self, committed: Committed) -> None:
+        self.patience.committed(committed.close.fragment, self._enter(committed))
+
+    def _enter(self, committed: Committed) -> list[str]:
+        """A new version; returns whose contributions it was made of."""
         close = committed.close
         entered = self.ledger.committed(committed)
         names = [p.worker_id for p in entered]
         self.note(f"fragment {close.fragment} comes to version {close.base_version + 1} by {', '.join(names)}")
         self.oracles[close.fragment].check(committed, entered, close.delay)
-        self.patience.committed(close.fragment, names)
         self._limits[close.fragment] = 0
+        return names
 
     def settled(self) -> None:
         run = self.run
@@ -115,11 +133,41 @@ class Promises(Watch):
             return
         if not self.oracles:
             self._start_oracles()
-        self.patience.check()
+        self.patience.check(self._position())
         self._check_memory()
 
     def stood_still(self, seconds: float) -> None:
         self.patience.stood_still(seconds)
+
+    def restarted(self, revived: Revived) -> None:
+        """What was acknowledged is there, to the bit; but not what an earlier state did not have."""
+        former, self.run = self.run.run_id, revived.run
+        run = self.run
+        self.note(f"the server is back, as {run.run_id}, with {len(revived.remade)} outer steps made again")
+        for committed in revived.remade:
+            fragment, version = committed.close.fragment, committed.update.version
+            if version < len(self.oracles[fragment].history):
+                self.oracles[fragment].check_again(committed)
+            else:  # it was decided, and not made before
+                self._enter(committed)
+        if revived.back is not None:
+            self._former[former] = [list(oracle.history) for oracle in self.oracles]
+            self._go_back(revived)
+        for fragment, oracle in enumerate(self.oracles):
+            oracle.check_state(run.parameters.version(fragment), run.parameters.state(fragment).theta)
+        afresh = revived.back is not None
+        self.ledger.restarted(run.rounds.waiting(), revived.kept, afresh=afresh)
+        self.patience.restarted(run, revived.kept, self._position(), afresh=afresh)
+
+    def _go_back(self, revived: Revived) -> None:
+        self._check_together()
+        for fragment, oracle in enumerate(self.oracles):
+            newest = len(oracle.history) - 1
+            small = next(f for f in revived.saved.snapshot.fragments if f.fragment == fragment)
+            until = revived.back.version if revived.back else None
+            version = min(newest, small.version if until is None else until)
+            oracle.go_back(version)
+            self.ledger.go_back(fragment, version)
 
     def _start_oracles(self) -> None:
         for fragment in self.run.layout.fragments:
@@ -130,7 +178,7 @@ class Promises(Watch):
 
     def _check_memory(self) -> None:
         """Promise 7: what is incomplete or waits is what live or late workers may have under way, once each."""
-        model = self.run._must_have_model()
+        model = self.run.model
         for fragment in range(model.layout.num_scheduled):
             self._limits[fragment] = max(model.rounds.staleness_limit, self._limits.get(fragment, 0))
         held: Counter[tuple[int, str]] = Counter()
@@ -152,7 +200,9 @@ class Promises(Watch):
         self.parcels += link.parcels[flight.fragment]
 
     def arrived(self, link: VirtualLink, fragment: int, base: Base) -> None:
-        history = self.oracles[fragment].history
+        # It may still get what a server sent that has gone back since.
+        former = self._former.get(link.run_id)
+        history = self.oracles[fragment].history if former is None else former[fragment]
         if base.version >= len(history) or base.theta.tobytes() != history[base.version]:
             text = f"its version {base.version} is not the server's"
             raise BrokenPromise(1, text, worker_id=link.worker_id, fragment=fragment)
@@ -160,19 +210,26 @@ class Promises(Watch):
     def failed_with(self, link: VirtualLink) -> None:
         self.failed.append(link)
 
+    def met(self, link: VirtualLink) -> None:
+        self._met.append(link)
+
     def took(self, link: VirtualLink, fragment: int, old: Base, arrival: Arrival) -> None:
         assert isinstance(link.trainer, BookedTrainer)
         link.trainer.expect(fragment, old, arrival)
 
     # -- at the end --
 
-    def check_end(self, links: list[VirtualLink], together: list[VirtualLink]) -> None:
-        """All is over. `links` have flushed, `together` all at the same time."""
+    def check_end(self, links: list[VirtualLink]) -> None:
+        """All is over. These have flushed."""
         for link in links:
             assert isinstance(link.trainer, BookedTrainer)
             link.trainer.check_end()
-        for fragment, oracle in enumerate(self.oracles):
-            for link in together:
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Those that have flushed together hold the same."""
+        for link in self._met:
+            for fragment, oracle in enumerate(self.oracles):
                 assert isinstance(link.trainer, BookedTrainer)
                 assert link.final is not None
                 scheduled = fragment < link.layout.num_scheduled
@@ -181,3 +238,4 @@ class Promises(Watch):
                 if not same or version < link.final.get(fragment, 0):
                     text = "after the flush together it does not hold the global parameters"
                     raise BrokenPromise(1, text, worker_id=link.worker_id, fragment=fragment)
+        self._met.clear()

@@ -15,9 +15,18 @@ from diloco_server.pushes import Ticket
 from diloco_server.rounds import Close
 from diloco_server.run import Run
 
-from .clock import Clock, Gate, Timer
+from .clock import Action, Clock, Gate, Timer
+from .disk import Disk
+from .keeper import VirtualKeeper
 from .line import Connection
+from .revival import Back, revive
 from .watch import Watch
+
+Answer = Callable[[pb.Outcome], None]
+
+
+def _nobody(outcome: pb.Outcome) -> None:
+    """Hears it."""
 
 
 class Peer:
@@ -43,7 +52,7 @@ class Peer:
 
 class VirtualServer:
     """Serves one run. `commit_seconds` gives how long the next outer step takes. While `gate` is shut the process
-    stands still, timers and all."""
+    stands still, timers and all. `disk` is what outlives the process; without one everything counts as kept."""
 
     def __init__(
         self,
@@ -52,9 +61,13 @@ class VirtualServer:
         *,
         commit_seconds: Callable[[], float] = lambda: 0.0,
         watch: Watch | None = None,
+        disk: Disk | None = None,
     ) -> None:
         self.run = Run(config)
         self.gate = Gate()
+        """Of the process of this moment."""
+        self.up = True
+        self.disk = disk
         self.watch = watch or Watch()
         self.bytes_in = 0
         self.bytes_out = 0
@@ -63,6 +76,12 @@ class VirtualServer:
         self._sessions: dict[str, tuple[Member, Peer]] = {}
         self._committing = 0
         self._timer: Timer | None = None
+        self._keeper = self._new_keeper()
+
+    def _new_keeper(self) -> VirtualKeeper | None:
+        if self.disk is None:
+            return None
+        return VirtualKeeper(self.disk, self.run, self._clock, self.gate, lambda: self.watch.count("snapshot"))
 
     # -- sessions --
 
@@ -103,16 +122,18 @@ class VirtualServer:
 
     # -- pushes and pulls --
 
-    def begin_push(self, header: pb.PushHeader) -> Ticket | pb.Outcome:
-        """Raises DilocoError."""
+    def begin_push(self, header: pb.PushHeader, answer: Answer = _nobody) -> Ticket | None:
+        """None if nothing need be sent: then its answer comes. Raises DilocoError."""
         self.watch.count("push begins")
         reply = self.run.begin_push(header)
         self.watch.admitted(header)
-        if isinstance(reply, pb.Outcome):
-            self.watch.answered(header, reply)
-        return reply
+        if isinstance(reply, Ticket):
+            return reply
+        self.watch.answered(header, reply)
+        self._answer(header, reply, answer)
+        return None
 
-    def finish_push(self, ticket: Ticket, frames: Sequence[bytes]) -> pb.Outcome:
+    def finish_push(self, ticket: Ticket, frames: Sequence[bytes], answer: Answer = _nobody) -> None:
         """Those of the frames that are not here yet have come. Raises DilocoError."""
         self.watch.count("push ends")
         held = set(ticket.assembly.held(ticket.places))
@@ -120,11 +141,28 @@ class VirtualServer:
             if i not in held:
                 self.bytes_in += len(frame)
                 ticket.assembly.add(place, read_frame(frame))
+                if self._keeper is not None and not ticket.assembly.closed:
+                    self._keeper.keep_frame(ticket, frame)
         outcome = self.run.finish_push(ticket, self._clock.now)
         self.watch.admitted(ticket.header)
         self.watch.answered(ticket.header, outcome)
         self.settle()
-        return outcome
+        self._answer(ticket.header, outcome, answer)
+
+    def _answer(self, header: pb.PushHeader, outcome: pb.Outcome, answer: Answer) -> None:
+        """Once what it tells is on disk."""
+
+        def tell() -> None:
+            self.watch.acknowledged(header, outcome)
+            answer(outcome)
+
+        self._when_durable(tell)
+
+    def _when_durable(self, action: Action) -> None:
+        if self._keeper is None:
+            action()
+        else:
+            self._keeper.when_durable(action)
 
     def pull(self, request: pb.PullRequest) -> list[PulledItem]:
         """The updates since a version, or a snapshot. Raises DilocoError."""
@@ -150,13 +188,15 @@ class VirtualServer:
 
     def settle(self) -> None:
         """After anything happened: close what is due, deliver what is to be told, set the timer."""
-        now = self._clock.now
+        now, gate = self._clock.now, self.gate
         self.run.tick(now)
-        for close in self.run.due(now):
-            self._committing += 1
-            self._clock.after(self._commit_seconds(), lambda close=close: self.gate(lambda: self._commit(close)))  # type: ignore[misc]
+        closes = self.run.due(now)
+        self._committing += len(closes)
         if not self._committing:
             self.run.settle_finish()
+        self._keep()
+        for close in closes:
+            self._decide(close)
         outbox, self.run.outbox = self.run.outbox, []
         for worker_id, event in outbox:
             session = self._sessions.get(worker_id)
@@ -167,17 +207,27 @@ class VirtualServer:
             self._timer.cancel()
         deadline = self.run.next_deadline()
         if deadline is not None and deadline != float("inf"):
-            self._timer = self._clock.after(deadline - now, lambda: self.gate(self.settle))
+            self._timer = self._clock.after(deadline - now, lambda: gate(self.settle))
 
     def stand_still(self, seconds: float) -> None:
         """As if the process were stopped."""
         if not self.gate.shut:
-            self.gate.shut = True
-            self._clock.after(seconds, lambda: self._go_on(seconds))
+            gate = self.gate
+            gate.shut = True
+            self._clock.after(seconds, lambda: self._go_on(gate, seconds))
 
-    def _go_on(self, seconds: float) -> None:
-        self.watch.stood_still(seconds)
-        self.gate.open()
+    def _go_on(self, gate: Gate, seconds: float) -> None:
+        if gate is self.gate and self.up:
+            self.watch.stood_still(seconds)
+            gate.open()
+
+    def _decide(self, close: Close) -> None:
+        """The outer step of a round begins once it is on disk of what."""
+        self._when_durable(lambda: self._begin_commit(close))
+
+    def _begin_commit(self, close: Close) -> None:
+        gate = self.gate
+        self._clock.after(self._commit_seconds(), lambda: gate(lambda: self._commit(close)))
 
     def _commit(self, close: Close) -> None:
         self.watch.count("outer step")
@@ -185,6 +235,55 @@ class VirtualServer:
         self.watch.committed(committed)
         self.run.publish(committed, self._clock.now)
         self._committing -= 1
+        self.settle()
+
+    # -- what outlives the process --
+
+    @property
+    def position(self) -> int:
+        """Of the disk's last record of what has happened so far."""
+        return self._keeper.position if self._keeper is not None else 0
+
+    def _keep(self) -> None:
+        if self._keeper is None:
+            self.run.records.clear()
+        else:
+            self._keeper.keep()
+            self._keeper.begin(self._begin)
+
+    def _begin(self) -> None:
+        self.run.begin()
+        self.settle()
+
+    def snapshot(self, pause: Callable[[], float]) -> None:
+        """Make one; `pause` gives how long the next fragment takes."""
+        if self._keeper is not None:
+            self.gate(lambda: self._keeper.snapshot(pause) if self._keeper is not None else None)
+
+    def kill(self, survive: float) -> int:
+        """As SIGKILL or a loss of power does. Of what was not synced only this share is left. Returns how many
+        records are lost."""
+        assert self.disk is not None
+        self.gate.close_for_ever()
+        self.up = False
+        self._sessions.clear()
+        self._committing = 0
+        if self._timer is not None:
+            self._timer.cancel()
+        return self.disk.crash(survive)
+
+    def restart(self, back: Back | None = None) -> None:
+        """A new process goes on from the disk."""
+        assert self.disk is not None
+        assert not self.up
+        assert self.run.manifest is not None
+        now = self._clock.now
+        revived = revive(self.disk, self.run.config, self.run.manifest, now, back)
+        self.run, self.gate, self.up = revived.run, Gate(), True
+        self._keeper = self._new_keeper()
+        assert self._keeper is not None
+        self._keeper.start(revived.saved.snapshot.first_segment)
+        self.watch.restarted(revived)
         self.settle()
 
 

@@ -10,6 +10,7 @@ from diloco_server.model import Committed
 
 if TYPE_CHECKING:
     from .link import VirtualLink
+    from .revival import Revived
 
 
 class Watch:
@@ -32,6 +33,9 @@ class Watch:
     def answered(self, header: pb.PushHeader, outcome: pb.Outcome) -> None:
         """A push got its outcome."""
 
+    def acknowledged(self, header: pb.PushHeader, outcome: pb.Outcome) -> None:
+        """The outcome is on disk, and goes to the worker."""
+
     def admitted(self, header: pb.PushHeader) -> None:
         """A push was let in, or got its outcome."""
 
@@ -44,6 +48,9 @@ class Watch:
     def stood_still(self, seconds: float) -> None:
         """The server was stopped for so long."""
 
+    def restarted(self, revived: Revived) -> None:
+        """The server died, and goes on with this run."""
+
     # -- in a worker --
 
     def pushed(self, link: VirtualLink, flight: Flight, headers: list[pb.PushHeader]) -> None:
@@ -54,6 +61,9 @@ class Watch:
 
     def took(self, link: VirtualLink, fragment: int, old: Base, arrival: Arrival) -> None:
         """A newer base is about to be merged."""
+
+    def met(self, link: VirtualLink) -> None:
+        """The worker has flushed together with all others, and holds the global parameters."""
 
     def failed_with(self, link: VirtualLink) -> None:
         """The worker has got an error that ends it."""

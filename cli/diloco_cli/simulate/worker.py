@@ -143,6 +143,8 @@ class VirtualWorker:
             yield from self._wait(lambda: link.final is not None and flights.caught_up(link.final))
         replica.merge(early=True)
         replica.adopt_all()
+        if self.together:
+            self._watch.met(link)
 
     def _wait(self, condition: Callable[[], bool]) -> Life:
         """Wait, counted as stalled."""

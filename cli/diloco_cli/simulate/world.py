@@ -16,6 +16,7 @@ from .clock import Clock, Gate
 from .faults import Faults
 from .line import Line
 from .link import VirtualLink
+from .outages import Outages
 from .promises import Promises
 from .server import VirtualServer
 from .setting import Ability, Setting, draw_ability, draw_setting
@@ -60,10 +61,15 @@ class World:
         self.promises = Promises(setting.config, self.clock, log)
         self.slow_commits: list[float] = []
         """How much longer the next outer steps take."""
+        self.outages = Outages(self)
         self.server = VirtualServer(
-            setting.config, self.clock, commit_seconds=self._commit_seconds, watch=self.promises
+            setting.config,
+            self.clock,
+            commit_seconds=self._commit_seconds,
+            watch=self.promises,
+            disk=self.outages.disk,
         )
-        self.promises.begin(self.server.run)
+        self.promises.begin(self.server.run, lambda: self.server.position)
         self.manifest = toy_manifest(setting.layers, size=setting.size, buffers=setting.buffers)
         self.workers: list[VirtualWorker] = []
         self.healing = False
@@ -85,7 +91,7 @@ class World:
         generation = self._generations[worker_id] = self._generations.get(worker_id, 0) + 1
         ability = self._abilities.setdefault(worker_id, draw_ability(self.rng, self.setting))
         process, rng = Gate(), self.rng
-        line = Line(self.clock, ability.speed, self.server.gate, process, lambda: rng.random() * ability.jitter)
+        line = Line(self.clock, ability.speed, lambda: self.server.gate, process, lambda: rng.random() * ability.jitter)
         numbers = np.random.Generator(np.random.SFC64(rng.getrandbits(32)))
         config, ledger = self.setting.config, self.promises.ledger
         trainer = BookedTrainer(self.manifest, numbers, config, ledger, worker_id, generation, ability.tokens)
@@ -126,6 +132,7 @@ class World:
         for time in times:
             clock.after(time, self.faults.strike)
         clock.after(setting.duration, self._heal)
+        self.outages.plan()
         try:
             self._go_on()
         except BrokenPromise as broken:
@@ -168,9 +175,7 @@ class World:
         return ", ".join(f"{w.worker_id}#{w.generation}" for w in self.alive()) or "nobody"
 
     def _check_end(self) -> None:
-        done = [w for w in self.workers if w.done and w.flush]
-        together = [w for w in done if w.together]
-        self.promises.check_end([w.link for w in done], [w.link for w in together])
+        self.promises.check_end([w.link for w in self.workers if w.done and w.flush])
 
     # -- the end --
 
@@ -185,6 +190,7 @@ class World:
         self.healing = True
         self.promises.note("no more faults")
         self.faults.heal()
+        self.outages.heal()
         for worker in self.alive():
             self._finish_soon(worker)
         needed = max(1, 0 if self.server.run.opened else self.setting.config.min_workers)
