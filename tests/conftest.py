@@ -16,6 +16,12 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that are started without --state-dir keep their run apart from those of other tests."""
+    monkeypatch.setenv("DILOCO_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+
+
 @pytest.fixture
 def together() -> Callable[..., list[Any]]:
     """Run functions of one argument, each on a thread with its index; results in order, first error raised."""

@@ -51,6 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[st
     first = {k: v.contiguous().clone() for k, v in Tied(1).state_dict().items() if k != "head.weight"}
     save_file(first, folder / "init.safetensors")
     arguments = ["--port", "0", "--init", str(folder / "init.safetensors"), "--sync-every", "3", "--num-fragments", "2"]
+    arguments += ["--state-dir", str(folder / "state")]
     with (folder / "server.log").open("w") as log:  # pytest keeps the folder: it says why when this fixture fails
         process = subprocess.Popen(
             [*SERVER, *arguments, "--overlap-steps", "1"], stdout=subprocess.PIPE, stderr=log, text=True
@@ -125,7 +126,25 @@ def test_status_as_json(run) -> None:
     assert values["config"]["sync_every"] == "3"
     assert [f["kind"] for f in values["fragments"]] == ["trained", "trained", "frozen"]
     assert values["rounds"] == sum(f["version"] for f in values["fragments"]) >= 4
-    assert values == diloco_client.status(run[0]) | {k: values[k] for k in ("uptime_seconds", "workers", "fragments")}
+    moving = ("uptime_seconds", "workers", "fragments", "rates", "storage")
+    assert values == diloco_client.status(run[0]) | {k: values[k] for k in moving}
+
+
+def test_kept_snapshots_are_listed_and_exported(run, tmp_path: Path) -> None:
+    address, _, init = run
+    done = client("snapshots", address, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (first,) = json.loads(done.stdout)
+    assert (first["number"], first["version"]) == (0, 0)
+    assert " 0 " in client("snapshots", address).stdout
+    path = tmp_path / "first.safetensors"
+    assert client("export", address, str(path), "--snapshot", "0").returncode == 0
+    exported, given = load_file(path), load_file(init)
+    assert exported.keys() == given.keys()
+    assert all(torch.equal(exported[name], given[name]) for name in given)
+    nothing = client("export", address, str(path), "--snapshot", "7")
+    assert nothing.returncode == 1
+    assert "no snapshot 7 is kept; there are: 0" in one_line(nothing)
 
 
 def test_status_and_export_need_no_torch(run, tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def test_a_second_signal_ends_it_at_once() -> None:
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with server() as (_, address, _):
         port = address.rpartition(":")[2]
-        second = subprocess.run([*COMMAND, "--port", port], capture_output=True, text=True, timeout=60)
+        other = ["--state-dir", str(tmp_path / "another")]
+        second = subprocess.run([*COMMAND, "--port", port, *other], capture_output=True, text=True, timeout=60)
     assert second.returncode == 3
     assert second.stdout == ""
     (line,) = second.stderr.splitlines()
@@ -133,7 +134,7 @@ MISTAKES: dict[str, tuple[Sequence[str], dict[str, str], str]] = {
     "an unknown codec": (["--uplink-codec", "nonsense"], {}, "'nonsense' is not one of 'fp32', 'bf16'"),
     "no number": (["--outer-lr", "fast"], {}, "'fast' is not a valid float"),
     "an unknown flag": (["--sync-evry", "5"], {}, "No such option '--sync-evry'"),
-    "beyond loopback": (["--host", "0.0.0.0"], {}, "0.0.0.0: it is not a loopback address"),
+    "secure and insecure": (["--host", "0.0.0.0", "--insecure", "--secure"], {}, "insecure turns TLS and tokens off"),
     "a variable": ([], {"DILOCO_MIN_WORKERS": "0"}, "min_workers is 0; it must be at least 1"),
     "no config file": (["--config", "missing.toml"], {}, "missing.toml: No such file"),
     "an unknown key": (["--config", "unknown.toml"], {}, "unknown.toml: unknown key 'sync_evry'"),
@@ -156,7 +157,7 @@ FILES = {
 }
 
 
-REAL = ("a setting that can never work", "an unknown codec", "beyond loopback", "an unknown key")
+REAL = ("a setting that can never work", "an unknown codec", "secure and insecure", "an unknown key")
 """Those that are made by a real process; the others, to save time, by a call."""
 
 

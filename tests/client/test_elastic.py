@@ -133,6 +133,20 @@ def test_tokens_weigh_contributions_and_losses_are_shown(together) -> None:
     assert {w["worker_id"]: w["loss"] for w in status["workers"]} == {"w0": 2.5, "w1": 3.5}
 
 
+def test_a_loss_may_be_the_tensor_that_is_trained_on(recwarn: pytest.WarningsRecorder) -> None:
+    torch.set_warn_always(True)
+    try:
+        with serve(RunConfig(**QUICK)) as server:
+            worker = Worker(server.address, "w")
+            worker.outer.report(loss=torch.tensor(2.5, requires_grad=True))
+            worker.step()
+            worker.outer.close()
+            assert [w["loss"] for w in diloco_client.status(server.address)["workers"]] == [2.5]
+    finally:
+        torch.set_warn_always(False)
+    assert [w for w in recwarn if "scalar" in str(w.message)] == []
+
+
 def test_an_inner_step_has_at_least_one_token() -> None:
     with serve(RunConfig(**QUICK)) as server:
         worker = Worker(server.address, "a")

@@ -91,8 +91,8 @@ class Worker:
         flight.encode(fmt, delta)
         return delta
 
-    def answer(self, flight: Flight, kind: int, version: int = 0) -> None:
-        self.flights.on_outcome(flight, pb.Outcome(kind=kind, version=version))
+    def answer(self, flight: Flight, kind: int, version: int = 0) -> bool:
+        return self.flights.on_outcome(flight, pb.Outcome(kind=kind, version=version))
 
     def commit(self, version: int, theta: float, *, counted: bool = True, fragment: int = 0, base: int | None = None):
         fate = pb.FATE_COUNTED if counted else pb.FATE_NOT_COUNTED
@@ -291,3 +291,72 @@ def test_what_a_period_owes_is_not_pushed_without_a_step(fragments: int) -> None
     worker.steps(3)
     assert worker.replica.sync_every == 8
     assert all(f.steps > 0 for f in worker.pushed)
+
+
+KEPT = (pb.OUTCOME_STAGED, pb.OUTCOME_ALREADY_HAVE, pb.OUTCOME_PART_HELD)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_an_answer_from_before_a_reconnection_does_not_say_the_fate_and_is_asked_for_again(kind: int) -> None:
+    worker = Worker()
+    worker.steps(6)
+    (flight,) = worker.pushed
+    worker.encode(flight)
+    assert worker.flights.on_versions([pb.FragmentVersion(version=1)]) == [], "its answer is still on its way"
+    assert worker.answer(flight, kind), "the event of its round may have been told to nobody"
+    worker.arrive(1, -4.0)
+    worker.steps(2)
+    assert worker.local == -8.0
+    assert not worker.answer(flight, pb.OUTCOME_COUNTED, 1)
+    worker.steps(1)
+    assert worker.local == -9.0 + 6.0 - 4.0
+
+
+def test_what_is_known_or_will_be_told_is_not_asked_for_again() -> None:
+    told = Worker()
+    told.steps(6)
+    told.encode(told.pushed[0])
+    assert not told.answer(told.pushed[0], pb.OUTCOME_STAGED), "no reconnection"
+    assert told.flights.on_versions([pb.FragmentVersion(version=0)]) == told.pushed
+    assert not told.answer(told.pushed[0], pb.OUTCOME_ALREADY_HAVE), "asked in this session"
+    heard = Worker()
+    heard.steps(6)
+    heard.encode(heard.pushed[0])
+    heard.flights.on_versions([pb.FragmentVersion(version=0)])
+    heard.commit(1, -4.0)
+    assert not heard.answer(heard.pushed[0], pb.OUTCOME_STAGED), "its event came in the new session"
+    closed = Worker()
+    closed.steps(6)
+    closed.flights.on_versions([pb.FragmentVersion(version=1)])
+    assert not closed.answer(closed.pushed[0], pb.OUTCOME_CLOSED, 1)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_after_a_flush_that_failed_the_remainder_is_merged_and_the_worker_goes_on(counted: bool) -> None:
+    worker = Worker()
+    worker.steps(3)
+    worker.replica.push_remainders()  # the flush gives up before its fate is known, and the training goes on
+    (remainder,) = worker.pushed
+    worker.encode(remainder)
+    worker.steps(1)
+    worker.answer(remainder, pb.OUTCOME_STAGED)
+    worker.commit(1, -3.0, counted=counted)
+    worker.steps(1)
+    assert worker.local == -5.0 + (0.0 if counted else -3.0)
+    worker.steps(1)
+    assert worker.flight(0) is worker.pushed[1], "the one that is due at step 6"
+    assert worker.pushed[1].steps == (3 if counted else 6)
+
+
+@pytest.mark.parametrize(("asked", "taken_back"), [(45, 47), (45, 48), (44, 46), (48, 50)])
+def test_a_pace_that_is_taken_back_before_it_began_costs_no_push(asked: int, taken_back: int) -> None:
+    orders = []
+    for paces in ({}, {asked: 22, taken_back: 24}):
+        worker = Worker(sync_every=24, fragments=12, overlap=4)
+        for step in range(1, 97):
+            if step in paces:
+                worker.replica.set_pace(paces[step])
+            worker.steps(1)
+            worker.settle()
+        orders.append([flight.fragment for flight in worker.pushed])
+    assert orders[0] == orders[1]

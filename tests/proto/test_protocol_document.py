@@ -26,7 +26,9 @@ from make_vectors import (
     vectors,
 )
 
+from diloco_client import pulling, pushing, session
 from diloco_client.flights import Base, Flight
+from diloco_client.network import Network
 from diloco_proto import channel, errors
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import (
@@ -42,7 +44,7 @@ from diloco_proto.codec import (
 from diloco_proto.codec.formats import Floats
 from diloco_proto.manifest import Manifest, Pattern, Role, TensorSpec, build_layout
 from diloco_proto.wire import manifest_to_pb
-from diloco_server import engine, members, outer, pace, parameters, rounds, run, weights
+from diloco_server import engine, limits, members, outer, pace, parameters, patience, pushes, rounds, run, weights
 from diloco_server.config import RunConfig
 
 TEXT = DOCUMENT.read_text()
@@ -448,6 +450,26 @@ def test_the_table_of_limits_is_that_of_the_code() -> None:
     assert rows["keepalive ping of HTTP, both ends"] == pings
     least = options["grpc.http2.min_ping_interval_without_data_ms"] // 1000
     assert rows["pings without data, least interval that the server accepts"] == [least]
+    assert rows["keepalive ping, time to answer it while other bytes arrive"] == [
+        options["grpc.http2.ping_timeout_ms"] // 1000
+    ]
+    bounds = limits.Bounds()
+    silences = [bounds.first_seconds, bounds.frame_seconds, bounds.unread_seconds]
+    calls = "first message of a call, next frame of a push, reading of a message of a pull"
+    assert rows[calls] == silences
+    peer = "open calls of one address that have sent no `Hello` or header; sessions of a worker; its pushes; pulls of"
+    assert rows[f"{peer} one address"] == [most for _, most in bounds.peer]
+    assert rows["each of these of all together"] == [most for _, most in bounds.total]
+    assert rows["while a push waits for its outcome, the last `Ack` again"] == [channel.ANSWER_SECONDS]
+    assert rows["stripes of one pull"] == [channel.MAX_DATA_CONNECTIONS]
+    assert pushes.LEAST_IN_FLIGHT in rows["bytes of all incomplete contributions, encoded"]
+    assert pushing.MAX_DAMAGED == pulling.MAX_DAMAGED == 5
+    assert "at most 5 times in a row" in PROSE
+    patience = Network().progress_timeout
+    assert f"no message has gone or come for {patience:.0f} s" in PROSE
+    assert f"up to {pushing.SLOWEST * patience:.0f} s" in PROSE
+    silence = f"{session.SILENT_BEATS:.0f} times `Welcome.heartbeat_seconds`, at least {session.LEAST_SILENCE:.0f} s"
+    assert silence in PROSE
 
 
 @pytest.mark.parametrize(
@@ -457,7 +479,7 @@ def test_the_table_of_limits_is_that_of_the_code() -> None:
         f"last {weights.KEPT_VALUES} z",
         f"last {weights.KEPT_VALUES} counted n",
         f"last {rounds.KEPT_TIMES} rounds in which nobody was missing, and at least {rounds.MIN_AUTO_GRACE:g} s",
-        f"{run.HANG_ROUNDS:g} times the median length of the last {rounds.KEPT_TIMES} rounds",
+        f"{patience.HANG_ROUNDS:g} times the median length of the last {rounds.KEPT_TIMES} rounds",
         f"multiplies the sums by {pace.MEMORY:g}",
         f"⌈{pace.HIGH:g}·n⌉-th smallest",
         f"{pace.DEAD_BAND:g}·H₀",
@@ -471,7 +493,7 @@ def test_the_numbers_of_rounds_are_those_of_the_code(wanted: str) -> None:
     ("wanted", "code", "value"),
     [
         ("a third of the lease", members.CUT_SHARE, 1 / 3),
-        ("more than half a lease", run.STOOD_STILL, 1 / 2),
+        ("more than half a lease", patience.STOOD_STILL, 1 / 2),
         ("c = (⅓·w) / N", parameters.BUFFER_STEP, 1 / 3),
         ("`auto`: 4 times the live workers", RunConfig(outer_optimizer=outer.DELAYED).staleness_limit(3), 4 * 3),
     ],

@@ -16,6 +16,7 @@ from diloco_proto.manifest import Manifest
 from diloco_server import parameters, weights
 from diloco_server.config import RunConfig
 from diloco_server.members import Members
+from diloco_server.patience import Patience
 from diloco_server.pushes import Pushes
 from diloco_server.rounds import Rounds, Stage
 from diloco_server.run import Run
@@ -190,7 +191,7 @@ def forget_counted(patch: pytest.MonkeyPatch) -> None:
 
     def committed(self: Rounds, close: object, now: float) -> object:
         record = original(self, close, now)
-        self._last_counted[close.fragment].clear()
+        self.last_counted[close.fragment].clear()
         return record
 
     patch.setattr(Rounds, "committed", committed)
@@ -247,7 +248,7 @@ DEFECTS = [
         replace(Members, "_expiry", lambda self, m: m.seen + self.lease_seconds),
     ),
     Defect("a standstill of the server is excused twice", 4, 132, excuse_into_the_future),
-    Defect("hanging training is not noticed", 4, 55, replace(Run, "_may_hang", lambda self: [])),
+    Defect("hanging training is not noticed", 4, 55, replace(Patience, "may_hang", lambda self, rounds: [])),
     Defect("rounds may wait in a circle", 4, 609, replace(Rounds, "in_circle", lambda self: set())),
     Defect("who joins is awaited at once", 4, 0, joiner_is_awaited),
     Defect("the grace has no end", 4, 8, replace(Rounds, "_grace_now", lambda self: float("inf"))),

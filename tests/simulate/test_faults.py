@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from click.testing import CliRunner
 from defects import DEFECTS, Defect
+from restart_defects import RESTART_DEFECTS
 
 from diloco_cli.simulate.__main__ import main
 from diloco_cli.simulate.runs import Report, simulate_all
@@ -48,7 +49,7 @@ def test_every_kind_of_fault_and_answer_happens(report: Report) -> None:
     assert min(report.answers[answer] for answer in answers) >= SCHEDULES // 100
 
 
-@pytest.mark.parametrize("defect", DEFECTS, ids=lambda d: d.name)
+@pytest.mark.parametrize("defect", [*DEFECTS, *RESTART_DEFECTS], ids=lambda d: d.name)
 def test_a_mechanism_that_is_switched_off_is_missed(defect: Defect, monkeypatch: pytest.MonkeyPatch) -> None:
     assert simulate(defect.seed).broken is None
     defect.apply(monkeypatch)
