@@ -1,9 +1,10 @@
-"""Keeps the daemon's memory what it uses. Linux and glibc; elsewhere nothing happens."""
+"""Keeps the daemon's memory what it uses. What is done for that is done on Linux with glibc."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,17 @@ def return_large_blocks() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, LARGE)
+
+
+def check_fits(needed: int) -> None:
+    """Raises MemoryError for more bytes than this machine has: that much zeroed memory is often given, and missed only
+    when it is used."""
+    try:
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return  # not told here
+    if needed > present > 0:
+        raise MemoryError(f"{needed} bytes, of {present}")
 
 
 def put_compiler_away() -> None:

@@ -19,6 +19,7 @@ from diloco_proto.wire import manifest_from_pb
 from . import admission, keeping
 from .checkpoint import InitialParameters
 from .config import RunConfig
+from .footprint import check_fits
 from .logs import plain
 from .members import BEAT_SHARE, Member, Members, MemberState
 from .model import Committed, Model
@@ -157,10 +158,12 @@ class Run:
         current = self._model
         if current is not None and (self.seeded or self.members.live() or current.manifest == manifest):
             return current
+        needed = 12 * sum(t.numel for t in manifest.tensors)
         try:
+            check_fits(needed)
             self._model = Model(self.config, manifest, self._init)
         except MemoryError as error:
-            gib = sum(t.numel for t in manifest.tensors) * 12 / (1 << 30)
+            gib = min(needed, 1 << 99) / (1 << 30)
             raise UnsupportedModel(f"this server has not the {gib:.3g} GiB of memory that the model needs") from error
         self._init = None
         return self._model

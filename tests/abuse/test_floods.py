@@ -89,9 +89,8 @@ def test_a_flood_costs_little_and_stops_nobody(tmp_path: Path, tricks: tuple[Tri
         pid = server.process.pid
         idle, files = rss(pid), open_files(pid)
         forget_peak(pid)
-        for _ in range(2):
-            with strangers(server.port, tricks):
-                trainer.goes_on()
+        with strangers(server.port, tricks):
+            trainer.goes_on()
         trainer.goes_on()
         peak = rss(pid, "VmHWM")
         assert open_files(pid) < files + 10, "of those who have gone, nothing is left"

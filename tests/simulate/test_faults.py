@@ -45,6 +45,7 @@ def test_every_kind_of_fault_and_answer_happens(report: Report) -> None:
     kinds = World(draw_setting(0)).faults.kinds
     rare = {kind: report.faults[kind] for kind in kinds if report.faults[kind] < SCHEDULES // 100}
     assert not rare, "too rare to count as tested"
+    assert report.events["snapshot"] >= SCHEDULES // 10
     answers = ("staged", "already have", "counted", "closed", "conflict", "part held", "resync")
     assert min(report.answers[answer] for answer in answers) >= SCHEDULES // 100
 
@@ -64,6 +65,13 @@ def test_a_seed_is_one_run(seed: int) -> None:
     first, second = simulate(seed), simulate(seed)
     assert first == second
     assert first.trace != simulate(seed + 100).trace
+
+
+def test_a_server_that_was_killed_goes_on() -> None:
+    log: list[str] = []
+    outcome = simulate(91, log)
+    kills = sum(count for kind, count in outcome.faults.items() if kind.startswith("server killed"))
+    assert kills == sum("the server is back" in line for line in log) > 0
 
 
 def test_the_command_replays_a_seed() -> None:

@@ -257,8 +257,9 @@ class VirtualServer:
 
     def snapshot(self, pause: Callable[[], float]) -> None:
         """Make one; `pause` gives how long the next fragment takes."""
-        if self._keeper is not None:
-            self.gate(lambda: self._keeper.snapshot(pause) if self._keeper is not None else None)
+        keeper = self._keeper
+        if keeper is not None:
+            self.gate(lambda: keeper.snapshot(pause))
 
     def kill(self, survive: float) -> int:
         """As SIGKILL or a loss of power does. Of what was not synced only this share is left. Returns how many
