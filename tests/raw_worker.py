@@ -87,11 +87,11 @@ class RawWorker:
         self.end_session()
         self.channel.close()
 
-    def join(self, manifest: Manifest) -> RawWorker:
+    def join(self, manifest: Manifest, timeout: float = 60) -> RawWorker:
         self.end_session()
         self._requests = queue.SimpleQueue()
         self.say(hello=hello(self.worker_id, manifest, generation=self.generation))
-        self.events = self.stub.Session(iter(self._requests.get, None), timeout=60)
+        self.events = self.stub.Session(iter(self._requests.get, None), timeout=timeout)
         return self
 
     def say(self, **body: object) -> None:

@@ -128,7 +128,7 @@ class _member(ExitStack):
         super().__init__()
         self._worker = self.enter_context(RawWorker(address, name))
         self._ended = threading.Event()
-        self._worker.join(MODEL)
+        self._worker.join(MODEL, timeout=600)
         self._worker.expect("welcome")
         for body in (self._beat, self._drain):
             thread = threading.Thread(target=body, daemon=True)

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 BEAT_SECONDS = 2.0
 
+SESSION_SECONDS = 3600.0
+
 
 def model_of(sizes: Sequence[int]) -> Manifest:
     """One trained tensor, and so one fragment, a size."""
@@ -66,13 +68,13 @@ class Crowd(ExitStack):
     def _join(self) -> None:
         first, *others = self.workers
         manifest = model_of(self._sizes)
-        first.join(manifest)
+        first.join(manifest, SESSION_SECONDS)
         first.expect("seed_wanted")
         first.seed(np.zeros(n, np.float32) for n in self._sizes)
         first.expect("seeded")
 
         def join(worker: RawWorker) -> None:
-            worker.join(manifest).expect("welcome")
+            worker.join(manifest, SESSION_SECONDS).expect("welcome")
 
         self.all(join, others)
         for worker in self.workers:

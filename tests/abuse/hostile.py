@@ -11,10 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
 import zstandard
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
-from raw_worker import flat, frames_of, header, hello
+from raw_worker import frames_of, header, hello
 from steady import GENERATION, MODEL, SIZES, STEADY
 
 from diloco_proto import outer_pb2 as pb
@@ -184,7 +185,7 @@ def _push(dice: random.Random, run_id: str, number: int) -> tuple[str, str, list
     start = dice.choice((0, 1, 1, 1))
     while start < blocks:  # every part has frames of its own
         count = dice.choice((1, 1, 1, dice.randint(1, blocks - start)))
-        values = flat([dice.gauss(0, 1) for _ in range(64 * count)])
+        values = np.random.default_rng(dice.getrandbits(32)).standard_normal(64 * count, np.float32)
         parts.append(pb.Part(first_block=start, num_blocks=count))
         frames += frames_of(values, fmt, start)
         start += count

@@ -54,11 +54,11 @@ class Steady:
 
     def __enter__(self) -> Steady:
         first, second = self._workers
-        first.join(MODEL)
+        first.join(MODEL, timeout=600)
         first.expect("seed_wanted")
         first.seed(_values(9, fragment, 0) for fragment in range(len(SIZES)))
         first.expect("seeded")
-        second.join(MODEL)
+        second.join(MODEL, timeout=600)
         for worker in self._workers:
             worker.say(ready=pb.Ready())
         for worker in self._workers:

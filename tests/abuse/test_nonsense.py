@@ -22,8 +22,8 @@ from diloco_server.daemon import Daemon
 from diloco_server.pushes import MOST_WORK
 
 MODEL = manifest_of(100)
-SECONDS = 5.0
-"""For one message: without its check, each of these took the event loop for minutes."""
+SECONDS = 10.0
+"""Of computing, for one message: some of these had taken minutes."""
 
 
 @contextlib.contextmanager
@@ -150,9 +150,9 @@ def test_models_that_no_run_can_have(seeded: bool, caplog: pytest.LogCaptureFixt
         for says, manifest in manifests().items():
             first = hello("x", MODEL)
             first.manifest.CopyFrom(manifest)
-            began = time.monotonic()
+            began = time.process_time()
             error = refusal(other, "Session", pb.SessionRequest(hello=first).SerializeToString())
-            assert time.monotonic() - began < SECONDS, says
+            assert time.process_time() - began < SECONDS, says
             assert says in str(error) or (seeded and type(error) is ManifestMismatch)
             assert type(error) is UnsupportedModel or seeded
         if not seeded:
@@ -165,9 +165,9 @@ def test_a_push_of_very_many_parts_is_judged_quickly() -> None:
     with training() as (_, worker):
         first = header("w", 0, [], 1, parts=[pb.Part(first_block=i, num_blocks=1) for i in range(250_000)])
         first.frame_digests.extend(range(250_000))
-        began = time.monotonic()
+        began = time.process_time()
         assert "out of order or beyond" in str(
             refusal(worker, "Push", pb.PushRequest(header=first).SerializeToString())
         )
-        assert time.monotonic() - began < SECONDS
+        assert time.process_time() - began < SECONDS
         goes_on(worker)
