@@ -7,7 +7,7 @@ is only needed off schedule, on the training thread too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +173,22 @@ class Binding:
         """local ← θ, rounded to each tensor's dtype."""
         for local, value in self._on_device(fragment, theta):
             local.copy_(value)
+
+    @torch.no_grad()
+    def local_values(self) -> dict[str, torch.Tensor]:
+        """Copies of all trained parameters and averaged buffers, by name, each on its device."""
+        return {
+            slot.tensor.name: self._tensor(slot.tensor).detach().clone()
+            for fragment in self.layout.scheduled
+            for slot in fragment.slots
+        }
+
+    @torch.no_grad()
+    def put_back(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Local values as `local_values` gave them."""
+        for fragment in self.layout.scheduled:
+            for slot in fragment.slots:
+                self._tensor(slot.tensor).copy_(values[slot.tensor.name])
 
     # -- any thread --
 

@@ -67,6 +67,7 @@ class Outer:
         self._closed_at: float | None = None
         self._finishing = False
         self._flushed = False
+        self._swapped = False
         self._waiting_since: float | None = None
         self._pid = os.getpid()
         self._spent = Spent()
@@ -196,6 +197,27 @@ class Outer:
         self._must_be_its_process()
         return self._binding.state_dict([base.theta for base in self._courier.bases])
 
+    @contextmanager
+    def global_parameters(self) -> Iterator[None]:
+        """Within the block the model holds the global parameters θ, as this worker last received them: to evaluate
+        them, or to save them in the trainer's own way. Then it holds the local ones again, to the bit.
+
+        The local values wait on their own device meanwhile. Raises RuntimeError for an inner step within the block: it
+        would be lost.
+        """
+        self._must_be_its_process()
+        if self._swapped:
+            raise RuntimeError("global_parameters() within global_parameters(): the model holds them already")
+        local = self._binding.local_values()
+        self._swapped = True
+        try:
+            for fragment, base in enumerate(self._courier.bases):
+                self._binding.adopt(fragment, base.theta)
+            yield
+        finally:
+            self._binding.put_back(local)
+            self._swapped = False
+
     def base_digests(self) -> dict[int, int]:
         """Fragment -> 64-bit digest of this worker's base, to be compared with the server's status."""
         self._must_be_its_process()
@@ -292,6 +314,8 @@ class Outer:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if os.getpid() != self._pid:
             return  # a forked child of the trainer, such as a DataLoader worker
+        if self._swapped:
+            raise RuntimeError("an inner step within outer.global_parameters(): leave the block before you train on")
         self._courier.raise_fatal()
         self._link.forget_replaced()
         if self._finishing:
