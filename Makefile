@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format stubs bench clean
+.PHONY: install demo test lint format stubs bench clean
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/diloco-client demo $(DEMO_ARGS)
