@@ -67,8 +67,8 @@ class Sim:
 
     def told(self, worker: str) -> dict[str, object]:
         """What the worker was told since the last look, by kind."""
-        outbox, self.run.outbox = self.run.outbox, []
-        for name, event in outbox:
+        news = self.run.news.take()
+        for name, event in news:
             self._told[name].append(event)
         events, self._told[worker] = self._told[worker], []
         return {e.WhichOneof("body"): getattr(e, e.WhichOneof("body")) for e in events}

@@ -22,7 +22,7 @@ from .outer import warm_up
 from .parameters import Snapshot
 from .pushes import Ticket
 from .rates import Rates, Totals
-from .rounds import Close
+from .round import Close
 from .run import Run
 from .store import StorageFailed
 
@@ -143,8 +143,8 @@ class Engine:
         if not self._commits:
             self.run.settle_finish()
         self._keep()
-        outbox, self.run.outbox = self.run.outbox, []
-        for worker_id, event in outbox:
+        news = self.run.news.take()
+        for worker_id, event in news:
             session = self._sessions.get(worker_id)
             if session is not None:
                 offer(session[1], event)

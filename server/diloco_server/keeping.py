@@ -8,7 +8,7 @@ from diloco_proto import outer_pb2 as pb
 
 from .members import Member, MemberState
 from .pushes import Ticket
-from .rounds import Close, Counted, Key
+from .round import Close, Counted, Key
 from .store import state_pb2 as disk
 
 NEVER_FLUSHED = -1

@@ -9,7 +9,7 @@ from diloco_proto import outer_pb2 as pb
 from diloco_proto.errors import InvalidContribution, NotMember, Superseded
 
 from .pace import Speed
-from .rounds import RoundRecord
+from .round import RoundRecord
 
 COUNTS = ("step", "steps", "tokens", "bytes_up", "bytes_down", "train_seconds", "stall_seconds")
 

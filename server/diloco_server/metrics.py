@@ -22,7 +22,7 @@ from prometheus_client.metrics_core import Metric
 
 from diloco_proto import outer_pb2 as pb
 
-from .rounds import RoundRecord
+from .round import RoundRecord
 
 SCRAPE_SECONDS = 5.0
 """A scrape fails when the event loop does not answer for so long; Prometheus then shows the server as down."""

@@ -14,7 +14,8 @@ from .checkpoint import InitialParameters
 from .config import RunConfig
 from .parameters import Parameters, Seed, Update
 from .pushes import Pushes, Ticket
-from .rounds import Close, Contribution, RoundRecord, Rounds, Stage
+from .round import Close, Contribution, RoundRecord, Stage
+from .rounds import Rounds
 from .seeding import Seeding
 from .weights import Weights
 

@@ -14,7 +14,7 @@ from diloco_proto.manifest import Fragment, Layout, Role
 
 from .assembly import Assembly, Place, Work, frame_places
 from .parameters import Seed, prepare_seed
-from .rounds import Key
+from .round import Key
 
 MOST_WORK = 1 << 40
 """Tokens, and steps, of one contribution: far beyond what anybody computes, so that their sum over a run stays a number

@@ -21,7 +21,7 @@ from .assembly import Assembly, Place, Work
 from .members import MemberState
 from .model import Model
 from .outer import Bounds
-from .rounds import Close, Contribution
+from .round import Close, Contribution
 from .run import Run
 from .store import state_pb2 as disk
 from .store.errors import CorruptJournal

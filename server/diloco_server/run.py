@@ -1,6 +1,6 @@
 """One training run: its members, rounds and global parameters. Pure: time is passed in, in seconds.
 
-Methods take what arrives and leave what is to be told to the workers in `outbox`, and what is to be kept on disk in
+Methods take what arrives and leave what is to be told to the workers in `news`, and what is to be kept on disk in
 `records`. The engine takes both away, and calls `due`, `commit` (heavy, in a thread) and `publish` in turn.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Executor
 
 from diloco_proto import outer_pb2 as pb
@@ -21,13 +21,15 @@ from .checkpoint import InitialParameters
 from .config import RunConfig
 from .footprint import check_fits
 from .logs import plain
-from .members import BEAT_SHARE, Member, Members, MemberState
+from .members import Member, Members, MemberState
 from .model import Committed, Model
+from .news import News
 from .pace import new_paces
 from .parameters import Parameters, Seed
 from .patience import Patience
 from .pushes import Ticket
-from .rounds import Close, Rounds
+from .round import Close
+from .rounds import Rounds
 from .store import state_pb2 as disk
 
 log = logging.getLogger("diloco.server")
@@ -40,7 +42,7 @@ class Run:
         self.config = config
         self.run_id = run_id or secrets.token_hex(8)
         self.members = Members(config.lease_seconds, shards=config.min_workers)
-        self.outbox: list[tuple[str, pb.SessionEvent]] = []
+        self.news = News(self.members)
         self.records: list[disk.Record] = []
         self.opened = False
         self.stopped = ""
@@ -124,7 +126,7 @@ class Run:
     # -- membership --
 
     def hello(self, hello: pb.Hello, now: float) -> Member:
-        """A worker joins, or takes up its session again; its Welcome goes to the outbox.
+        """A worker joins, or takes up its session again; its Welcome is news.
 
         Raises ProtocolMismatch, RunMismatch, UnsupportedModel, ManifestMismatch (naming the first tensor that
         differs) or Superseded.
@@ -143,13 +145,13 @@ class Run:
             model.rounds.no_longer_expected(member.worker_id, now)
         if self.can_begin and not self.hold_seed:
             self.begin()  # from a file
-        self._tell(member, welcome=self._welcome(model, member))
+        self.news.welcome(member, self.run_id, self.config, model, seeded=self.seeded)
         self._keep(member)
         if self.members.shards != shards:
             self._keep_progress()
-            self._tell_all(self._tell_shard)
+            self.news.shards()
         else:
-            self._tell_shard(member)
+            self.news.shard(member)
         self._appoint_seeder(member)
         return member
 
@@ -168,24 +170,13 @@ class Run:
         self._init = None
         return self._model
 
-    def _welcome(self, model: Model, member: Member) -> pb.Welcome:
-        return pb.Welcome(
-            run_id=self.run_id,
-            settings=self.config.to_pb(),
-            layout_fingerprint=model.layout.fingerprint,
-            seeded=self.seeded,
-            heartbeat_seconds=self.config.lease_seconds * BEAT_SHARE,
-            versions=model.parameters.versions() if self.seeded else [],
-            standings=admission.standings(model, member.worker_id),
-        )
-
     def _appoint_seeder(self, arrived: Member | None = None) -> None:
         model = self.model
         seeder, afresh = model.seeding.appoint(self.members.live(), arrived)
         if afresh:
             model.pushes.clear()
         if seeder is not None:
-            self._tell(seeder, seed_wanted=pb.SeedWanted())
+            self.news.seed_wanted(seeder)
 
     def hear(self, worker_id: str, generation: int, request: pb.SessionRequest, now: float) -> None:
         """A message of a worker's session, after its hello.
@@ -217,14 +208,14 @@ class Run:
         if member.sync_every == 0:
             member.sync_every = self.config.sync_every
         elif self.config.dynamic_local_updates:
-            self._tell(member, pace=pb.Pace(sync_every=member.sync_every))
+            self.news.pace(member)
         self._keep(member)
         self._set_floor()
         if self.stopped:
-            self._tell(member, stop=pb.Stop(reason=self.stopped))
+            self.news.stop(member, self.stopped)
         if self.opened:
             member.start_step = self._step(member)
-            self._tell(member, opened=pb.Opened(start_step=member.start_step))
+            self.news.opened(member, member.start_step)
             self.rounds.await_too(member.worker_id)
             self.rounds.tell_again()
             return
@@ -236,7 +227,7 @@ class Run:
         log.info("the run is open: %d workers train", len(ready))
         for other in ready:
             other.moves(now)
-            self._tell(other, opened=pb.Opened(start_step=0))
+            self.news.opened(other, 0)
 
     def open(self, now: float) -> None:
         """Enough workers are here: the first rounds open."""
@@ -254,8 +245,7 @@ class Run:
             log.warning("%d of %d workers are here: no round closes until more have joined", ready, needed)
         else:
             log.info("a round has fewer than its %d contributions: those in it train on without waiting", needed)
-        for member in members:
-            self._tell(member, waiting=pb.Waiting(ready=ready, needed=needed))
+        self.news.waiting(members, ready, needed)
 
     def _step(self, joiner: Member) -> int:
         """The run's current inner step, for a worker that joins: that of the furthest of the others who train, else as
@@ -275,7 +265,7 @@ class Run:
             member.flush, member.barrier = flush, self._barriers + 1
         self._set_state(member, MemberState.FINISHED, now)
         if member.barrier <= self._barriers:
-            self._tell_finished(member)
+            self.news.all_finished(member, self.parameters.versions())
 
     def cut(self, member: Member, now: float) -> None:
         """The worker's connection broke: if it does not come back soon it is gone."""
@@ -356,7 +346,7 @@ class Run:
         self._begun = True
         trained = self.layout.trained
         log.info("the run has parameters: %d in %d fragments", sum(f.parameters for f in trained), len(trained))
-        self._tell_all(lambda m: self._tell(m, seeded=pb.Seeded(versions=self.parameters.versions())))
+        self.news.seeded(self.parameters.versions())
 
     # -- after a restart of the server --
 
@@ -386,7 +376,7 @@ class Run:
         """All is as it was: nothing of how it came back is to be told or kept."""
         self._set_floor()
         self.rounds.forget_times()
-        self.outbox.clear()
+        self.news.clear()
         self.records.clear()
 
     # -- rounds --
@@ -412,7 +402,7 @@ class Run:
         record = self.model.publish(committed, now)
         for member in self.members.live():
             member.hears_of(record, now)
-            self._tell(member, committed=committed.event(member.worker_id, self.config.asynchronous))
+        self.news.committed(committed, asynchronous=self.config.asynchronous)
         self.rounds.tell_again()  # workers take the news for a sign that nothing is stuck any more
         self._open_round(fragment, now)
         self.records.append(
@@ -429,7 +419,7 @@ class Run:
                 log.info("worker %r: %d inner steps a round from now on", member.worker_id, pace)
                 member.sync_every = pace
                 self._keep(member)
-                self._tell(member, pace=pb.Pace(sync_every=pace))
+                self.news.pace(member)
 
     def _check_end(self) -> None:
         """Tell the workers once the run has had its rounds or tokens."""
@@ -438,7 +428,7 @@ class Run:
             if self.stopped:
                 log.warning("the run has had %s and stops", self.stopped)
                 self._keep_progress()
-                self._tell_all(lambda m: self._tell(m, stop=pb.Stop(reason=self.stopped)))
+                self.news.stop_all(self.stopped)
 
     def settle_finish(self) -> None:
         """Once every live worker has finished and nothing is under way, tell them so."""
@@ -450,17 +440,7 @@ class Run:
             self._barriers += 1
             self._keep_progress()
             for member in live:
-                self._tell_finished(member)
-
-    def _tell_finished(self, member: Member) -> None:
-        self._tell(member, all_finished=pb.AllFinished(versions=self.parameters.versions(), flush=member.flush or 0))
-
-    def _tell_shard(self, member: Member) -> None:
-        self._tell(member, shard=pb.Shard(index=member.shard, count=self.members.shards))
-
-    def _tell_all(self, tell: Callable[[Member], None]) -> None:
-        for member in self.members.live():
-            tell(member)
+                self.news.all_finished(member, self.parameters.versions())
 
     def expected(self, fragment: int) -> list[str]:
         """Whom the open round of the fragment waits for, or had; none while it is not open."""
@@ -482,6 +462,3 @@ class Run:
     def _open_round(self, fragment: int, now: float) -> None:
         ready = [m.worker_id for m in self.members.in_state(MemberState.READY) if not m.hung]
         self.rounds.open(fragment, self.parameters.version(fragment), ready, now)
-
-    def _tell(self, member: Member, **body: object) -> None:
-        self.outbox.append((member.worker_id, pb.SessionEvent(**body)))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from diloco_proto.wire import manifest_to_pb
 
 from .engine import Engine
 from .members import MemberState
-from .rounds import RoundRecord
+from .round import RoundRecord
 from .run import Run
 
 STATES = ("empty", "seeding", "waiting", "running", "finished", "draining")

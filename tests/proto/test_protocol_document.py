@@ -426,7 +426,7 @@ def beats_a_lease() -> float:
     trial = run.Run(RunConfig(lease_seconds=20.0))
     hello = pb.Hello(protocol=channel.PROTOCOL_VERSION, worker_id="w", manifest=manifest_to_pb(manifest()))
     trial.hello(hello, now=0.0)
-    [welcome] = [event.welcome for _, event in trial.outbox if event.HasField("welcome")]
+    [welcome] = [event.welcome for _, event in trial.news.take() if event.HasField("welcome")]
     return 20.0 / welcome.heartbeat_seconds
 
 

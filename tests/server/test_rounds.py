@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from diloco_proto.codec import Encoded, Format
 from diloco_proto.errors import InvalidContribution, NotReady
-from diloco_server.rounds import KEPT_RECORDS, Close, Contribution, Key, Rounds, Stage
+from diloco_server.round import Close, Contribution, Key, Stage
+from diloco_server.rounds import KEPT_RECORDS, Rounds
 from diloco_server.weights import Weights
 
 NOTHING = Encoded(Format.FP32, np.empty(0, np.uint8), np.empty(0, np.uint8))

@@ -870,7 +870,7 @@ def test_who_hears_of_one_round_while_another_is_stuck_is_told_again() -> None:
     sim.say("b", "leave")
     sim.contribute("a", fragment=1)
     sim.settle()
-    events = [event.WhichOneof("body") for name, event in sim.run.outbox if name == "a"]
+    events = [event.WhichOneof("body") for name, event in sim.run.news.take() if name == "a"]
     assert "committed" in events
     assert "waiting" in events[events.index("committed") :], "the news of one round lifts the hold of all"
 

@@ -18,7 +18,8 @@ from diloco_server.config import RunConfig
 from diloco_server.members import Members
 from diloco_server.patience import Patience
 from diloco_server.pushes import Pushes
-from diloco_server.rounds import Rounds, Stage
+from diloco_server.round import Stage
+from diloco_server.rounds import Rounds
 from diloco_server.run import Run
 from diloco_server.weights import Weights
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec.formats import Floats
 from diloco_server.model import Committed
-from diloco_server.rounds import Contribution
+from diloco_server.round import Contribution
 
 from .broken import BrokenPromise
 

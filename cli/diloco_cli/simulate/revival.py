@@ -9,7 +9,7 @@ from diloco_proto.manifest import Manifest
 from diloco_server.config import RunConfig
 from diloco_server.model import Committed
 from diloco_server.recovery import Recovery
-from diloco_server.rounds import Close
+from diloco_server.round import Close
 from diloco_server.run import Run
 
 from .disk import Disk, Saved

@@ -12,7 +12,7 @@ from diloco_server.config import RunConfig
 from diloco_server.members import Member
 from diloco_server.parameters import snapshot_frames, snapshot_item
 from diloco_server.pushes import Ticket
-from diloco_server.rounds import Close
+from diloco_server.round import Close
 from diloco_server.run import Run
 
 from .clock import Action, Clock, Gate, Timer
@@ -197,8 +197,8 @@ class VirtualServer:
         self._keep()
         for close in closes:
             self._decide(close)
-        outbox, self.run.outbox = self.run.outbox, []
-        for worker_id, event in outbox:
+        news = self.run.news.take()
+        for worker_id, event in news:
             session = self._sessions.get(worker_id)
             if session is not None:
                 session[1].deliver(event)
