@@ -11,8 +11,8 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from processes import running_server
 from raw_worker import RawWorker, frames_of, manifest_of
+from server_process import ServerProcess
 
 import diloco_client
 from diloco_proto import outer_pb2 as pb
@@ -33,7 +33,7 @@ def test_a_server_that_drains_exits_with_0_and_its_workers_go_on_training(
         optimizer.zero_grad()
 
     deadline = time.monotonic() + 60
-    with running_server(tmp_path, *QUICK) as server:
+    with ServerProcess(tmp_path / "state", *QUICK) as server:
         outer = diloco_client.join(server.address, model, optimizer, worker_id="alice")
         while outer.stats.counted < 4:
             step()
@@ -46,7 +46,7 @@ def test_a_server_that_drains_exits_with_0_and_its_workers_go_on_training(
             while outer.stats.steps < before + 50:
                 step()
             outer.close()
-        said = server.errors()
+        said = server.said().splitlines()
     (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert line.startswith(f"lost the server at {server.address} (")
     assert "received SIGTERM" in line
@@ -58,7 +58,7 @@ def test_a_server_that_drains_exits_with_0_and_its_workers_go_on_training(
 
 def test_a_drain_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     with (
-        running_server(tmp_path, "--uplink-codec", "fp32", "--drain-seconds", "0.5") as server,
+        ServerProcess(tmp_path / "state", "--uplink-codec", "fp32", "--drain-seconds", "0.5") as server,
         RawWorker(server.address) as worker,
     ):
         worker.enter(manifest_of(100), [np.zeros(100)])
@@ -69,14 +69,14 @@ def test_a_drain_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
         began = time.monotonic()
         assert server.terminate() == 1
         assert time.monotonic() - began < 4.0, "open calls would have been cut after five"
-        assert any("not drained within 0.5 s" in text for text in server.errors())
+        assert any("not drained within 0.5 s" in text for text in server.said().splitlines())
         frames.put(None)
 
 
 def test_what_arrives_while_it_drains_is_not_acknowledged(tmp_path: Path) -> None:
     frames = frames_of(np.ones(100))
     with (
-        running_server(tmp_path, "--uplink-codec", "fp32") as server,
+        ServerProcess(tmp_path / "state", "--uplink-codec", "fp32") as server,
         RawWorker(server.address) as worker,
     ):
         worker.enter(manifest_of(100), [np.zeros(100)])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from processes import running_server
+from server_process import ServerProcess
 
 import diloco_client
 from diloco_client.health import health
@@ -152,7 +152,7 @@ def test_the_command_imports_nothing_heavy(server: Daemon) -> None:
 
 
 def test_a_guarded_server_answers_without_a_token_and_tells_nothing_else(tmp_path: Path) -> None:
-    with running_server(tmp_path, "--secure") as server:
+    with ServerProcess(tmp_path / "state", "--secure") as server:
         url = (tmp_path / "state" / "join-url").read_text().strip()
         without = re.sub(r"//[^@]+@", "//", url)
         assert without != url

@@ -12,8 +12,8 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from processes import running_server
 from raw_worker import RawWorker, frames_of, manifest_of
+from server_process import ServerProcess
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.errors import ERROR_KEY
@@ -75,7 +75,7 @@ def test_levels_hold_for_our_lines_and_debug_is_for_them_alone() -> None:
 
 def test_a_server_that_logs_json_says_who_joins_trains_leaves_and_is_refused(tmp_path: Path) -> None:
     arguments = ["--log-format", "json", "--log-level", "debug", "--uplink-codec", "fp32", "--num-fragments", "1"]
-    with running_server(tmp_path, *arguments) as server:
+    with ServerProcess(tmp_path / "state", *arguments) as server:
         with RawWorker(server.address, "alice") as worker:
             worker.enter(manifest_of(100), [np.zeros(100)])
             worker.push(0, frames_of(np.ones(100)))
@@ -87,7 +87,7 @@ def test_a_server_that_logs_json_says_who_joins_trains_leaves_and_is_refused(tmp
                 other.join(manifest_of(70))
                 assert dict(_failure(other))[ERROR_KEY] == "ManifestMismatch"
         server.terminate()
-        lines = [json.loads(text) for text in server.errors()]
+        lines = [json.loads(text) for text in server.said().splitlines()]
     always = {"time", "level", "logger", "message"}
     assert all(always <= entry.keys() <= always | {"exception", *FIELDS} for entry in lines)
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from processes import running_server
 from raw_worker import RawWorker, frames_of, manifest_of
 from scrapes import key, names, scraped
+from server_process import ServerProcess
 
 from diloco_proto import outer_pb2 as pb
 from diloco_server import RunConfig, ServerConfig, serve
@@ -213,7 +213,7 @@ def test_a_server_that_has_stopped_still_shows_its_counters() -> None:
 
 def test_a_server_that_keeps_its_run_shows_the_disk(tmp_path: Path, free_port: int) -> None:
     arguments = ["--metrics-port", str(free_port), "--uplink-codec", "fp32"]
-    with running_server(tmp_path, *arguments) as server, RawWorker(server.address) as worker:
+    with ServerProcess(tmp_path / "state", *arguments) as server, RawWorker(server.address) as worker:
         worker.enter(manifest_of(100), [np.zeros(100)])
         worker.push(0, frames_of(np.ones(100)))
         worker.expect("committed")
