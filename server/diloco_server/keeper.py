@@ -213,7 +213,6 @@ class Keeper:
                     arrays = {n: a for n, a in run.parameters.state(fragment.index).arrays().items() if a.size}
                     await self._call(lambda small=small, arrays=arrays: draft.add(small, **arrays))
             await self.durable()  # the segments that it leans on
-            saved.saved_at = time.time()
             await self._call(draft.finish, saved)
             self._newest = saved
         except BaseException:

@@ -65,7 +65,8 @@ def _resume(
         run, info.manifest, saved, lambda f: store.snapshots.load_arrays(number, fragments[f]), threads, until
     )
     try:
-        for segment, record, blob in store.journal.replay(saved.first_segment):
+        replay = store.journal.replay if until is None else store.replay_back
+        for segment, record, blob in replay(saved.first_segment):
             recovery.take(record, blob, segment)
     except CorruptJournal:
         if until is None or any(v.version < until for v in run.parameters.versions()[: run.layout.num_scheduled]):

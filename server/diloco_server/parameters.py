@@ -260,16 +260,20 @@ def snapshot_frames(snapshot: Snapshot, first: int, stop: int | None = None) -> 
     Raises SnapshotExpired when the fragment moved on twice meanwhile.
     """
     for number in range(first, snapshot.num_frames if stop is None else stop):
-        yield _snapshot_frame(snapshot, number * _STEP)
+        yield snapshot_frame(snapshot, number * _STEP, (number + 1) * _STEP)
 
 
-def _snapshot_frame(snapshot: Snapshot, first: int) -> bytes:
+def snapshot_frame(snapshot: Snapshot, first: int, stop: int) -> bytes:
+    """Serialized PullReply of blocks `first` up to `stop`, or to the end; no more than a frame takes.
+
+    Raises SnapshotExpired when the fragment moved on twice meanwhile.
+    """
     theta = snapshot.theta
     if theta is None:
         raise SnapshotExpired(
             f"version {snapshot.version} of fragment {snapshot.fragment} was overtaken while it was read"
         )
-    values = theta[first * BLOCK : (first + _STEP) * BLOCK]
+    values = theta[first * BLOCK : stop * BLOCK]
     encoded = Encoded(Format.FP32, np.empty(0, np.uint8), values.view(np.uint8))
     return pb.PullReply(frame=pack_frames(encoded, first)[0]).SerializeToString()
 

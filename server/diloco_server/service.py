@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import grpc
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import ACK_EVERY_FRAMES, ANSWER_SECONDS, MAX_DATA_CONNECTIONS
-from diloco_proto.codec import CorruptFrame, Frame, frame_checksum, is_intact, read_frame
+from diloco_proto.codec import CorruptFrame, Format, Frame, frame_checksum, is_intact, read_frame
 from diloco_proto.errors import (
     ConnectionClosed,
     DamagedFrame,
@@ -22,10 +22,11 @@ from diloco_proto.errors import (
 
 from .answers import Refusals, readable, reader
 from .assembly import Place
+from .cuts import asked_for, cuts_of, recut
 from .engine import Engine, SessionQueue, offer
 from .limits import Stream, address_of
 from .members import Member
-from .parameters import snapshot_frames, snapshot_item
+from .parameters import snapshot_frame, snapshot_item
 from .pushes import Ticket
 from .status import describe, status
 
@@ -205,6 +206,8 @@ class Service:
             raise InvalidContribution(
                 f"asked for stripe {request.stripe} of {request.stripes}; a pull has at most {MAX_DATA_CONNECTIONS}"
             )
+        fragment = run.layout.fragments[request.fragment]
+        asked_for(fragment, request)
         updates = None
         if not request.snapshot:
             updates = run.parameters.updates_since(request.fragment, request.since_version)
@@ -214,24 +217,27 @@ class Service:
                     yield message
             return
         for update in updates:
-            first, stop = _share(request, len(update.messages), update.version)
+            cuts = cuts_of(fragment, Format(update.item.codec), request, update.version)
             item = pb.Item()
             item.CopyFrom(update.item)
-            item.frames = stop - first
+            item.frames = len(cuts)
             yield pb.PullReply(item=item).SerializeToString()
-            for message in update.messages[first:stop]:
-                yield message
+            for cut in cuts:
+                message = update.messages[cut.number]
+                yield message if cut.whole else await self._heavy(recut, message, cut)
 
     async def _snapshot(self, request: pb.PullRequest) -> AsyncGenerator[bytes]:
         version = request.item_version if request.skip_frames else None
         kept = request.kept if request.HasField("kept") else None
         async with self._engine.snapshot(request.fragment, version, kept) as snapshot:
-            first, stop = _share(request, snapshot.num_frames, snapshot.version)
-            yield pb.PullReply(item=snapshot_item(snapshot, first, stop)).SerializeToString()
-            frames = snapshot_frames(snapshot, first, stop)
-            loop = asyncio.get_running_loop()
-            while (message := await loop.run_in_executor(self._engine.threads, next, frames, None)) is not None:
-                yield message
+            cuts = cuts_of(self._engine.run.layout.fragments[request.fragment], Format.FP32, request, snapshot.version)
+            yield pb.PullReply(item=snapshot_item(snapshot, 0, len(cuts))).SerializeToString()
+            for cut in cuts:
+                yield await self._heavy(snapshot_frame, snapshot, cut.first, cut.stop)
+
+    async def _heavy(self, work: Callable[..., bytes], *arguments: object) -> bytes:
+        """Its result, made in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._engine.threads, work, *arguments)
 
     # -- Describe, Status --
 
@@ -284,14 +290,6 @@ class _Writer:
         """Until the last message is gone, or the call has ended: gRPC holds it so long, so it must count so long."""
         if self._write is not None:
             await asyncio.gather(self._write, return_exceptions=True)
-
-
-def _share(request: pb.PullRequest, frames: int, version: int) -> tuple[int, int]:
-    """Which of an item's frames this reader gets: those of its stripe, less those that it has already."""
-    count = max(1, request.stripes)
-    first, stop = frames * request.stripe // count, frames * (request.stripe + 1) // count
-    skip = request.skip_frames if request.item_version == version else 0
-    return min(first + skip, stop), stop
 
 
 def _read(data: bytes, place: Place, where: str) -> Frame:

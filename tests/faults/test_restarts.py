@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,17 +210,41 @@ def test_workers_adopt_an_older_run_and_go_on(how: str, tmp_path: Path, caplog: 
         both.train_alone()
         with ServerProcess(state, *settings) as second:
             went_back = [f["version"] for f in diloco_client.status(second.address)["fragments"]]
+            ages = [time.time() - kept["saved_at"] for kept in diloco_client.snapshots(second.address)]
             both.moved_to(second)
             both.until(lambda t: t.outer._link.run_id == f"{former}.1", "to hear of it")
             both.until_more()
             ends, _ = both.finish()
             assert digests(second) == ends
             assert second.terminate() == 0
+    assert all(0 <= age < 600 for age in ages)
     if how == "rollback":
         assert went_back == [3, 3]
         assert len(list((state / "old").iterdir())) == 1, "what was undone is kept"
     assert len(said(caplog, "the run was rolled back")) == len(NAMES)
     assert len(said(caplog, "lost the server at")) == len(NAMES)
+
+
+def test_a_run_can_be_rolled_back_again_to_before_the_last_time(tmp_path: Path) -> None:
+    """The journal of then has been put aside; and what each version was does not change by going back to it."""
+    state = tmp_path / "state"
+    settings = (*SETTINGS, "--snapshot-every=4", "--keep-snapshots=50")
+    with ServerProcess(state, *settings) as server, crew(server) as both:
+        both.until_more(16)
+        both.finish()
+        assert server.terminate() == 0
+    shutil.copytree(state, tmp_path / "copy")
+
+    def back(directory: Path, version: int) -> list[str]:
+        with ServerProcess(directory, *settings, f"--rollback={version}") as server:
+            fragments = diloco_client.status(server.address)["fragments"]
+            assert [f["version"] for f in fragments] == [version, version]
+            assert server.terminate() == 0
+        return [f["digest"] for f in fragments]
+
+    in_steps = [back(state, version) for version in (7, 5, 3)]
+    assert in_steps[-1] == back(tmp_path / "copy", 3)
+    assert "damaged" not in (tmp_path / "state.log").read_text()
 
 
 def test_a_state_directory_is_for_one_server_and_for_one_run(tmp_path: Path) -> None:

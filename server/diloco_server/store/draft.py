@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,7 +120,8 @@ class Draft:
         return tensors.pack_header(self._places, metadata, room)
 
     def finish(self, snapshot: pb.Snapshot) -> Path:
-        """All fragments are there: it becomes a snapshot, on disk when this returns. `fragments` is filled in.
+        """All fragments are there: it becomes a snapshot, on disk when this returns. `fragments` and
+        `saved_at` are filled in.
 
         Raises StorageFailed.
         """
@@ -138,6 +140,7 @@ class Draft:
         assert not missing, f"fragments {missing} were not added"
         del snapshot.fragments[:]
         snapshot.fragments.extend(state for _, state in sorted(self._states.items()))
+        snapshot.saved_at = time.time()
         message = snapshot.SerializeToString()
         with self._storing():
             versions = [str(state.version) for state in snapshot.fragments]

@@ -88,13 +88,16 @@ class Entry:
     """Offset of the next one."""
 
 
-def path_of(number: int) -> str:
-    return f"journal/{number:08d}.log"
+JOURNAL = "journal"
 
 
-def numbers(files: Files) -> list[int]:
+def path_of(number: int, directory: str = JOURNAL) -> str:
+    return f"{directory}/{number:08d}.log"
+
+
+def numbers(files: Files, directory: str = JOURNAL) -> list[int]:
     """The segments there are, in order."""
-    names = (name.removesuffix(".log") for name in files.listdir("journal") if name.endswith(".log"))
+    names = (name.removesuffix(".log") for name in files.listdir(directory) if name.endswith(".log"))
     return sorted(int(name) for name in names if name.isdecimal())
 
 

@@ -30,7 +30,7 @@ from .errors import CorruptSnapshot, StateMismatch, StorageFailed, explain
 from .faults import NO_FAULTS, FaultPoints
 from .files import Files, Lock, OsFiles, read_all, write_atomically
 from .journal import Journal
-from .replay import NO_JOURNAL
+from .replay import NO_JOURNAL, Replay, Replayed
 from .runfile import RunInfo
 from .snapshots import Snapshots
 from .writer import SyncFailed, Writer
@@ -154,6 +154,20 @@ class Store:
     def archive(self) -> Path:
         """Put the run aside, for a new one; returns where it is. Raises StorageFailed."""
         return self._begin_pending({"what": "archive"})
+
+    def replay_back(self, from_segment: int) -> Iterator[Replayed]:
+        """`Journal.replay` for a roll-back: what an earlier one has put aside is read from there."""
+        if from_segment != NO_JOURNAL and from_segment not in segment.numbers(self._files):
+            for journal in self._put_aside_journals():
+                if from_segment in segment.numbers(self._files, journal):
+                    return iter(Replay(self._files, from_segment, journal))
+        return self.journal.replay(from_segment)
+
+    def _put_aside_journals(self) -> list[str]:
+        assert self.info is not None
+        runs = self._files.listdir(OLD) if self._files.exists(OLD) else []
+        journals = (f"{OLD}/{name}/{segment.JOURNAL}" for name in runs if name.startswith(f"{self.info.run_id}-"))
+        return [journal for journal in journals if self._files.exists(journal)]
 
     def roll_back(self, draft: Draft, snapshot: pb.Snapshot) -> Path:
         """In place of `draft.finish`: this is what the run has come to, with a new lineage and an empty journal.
