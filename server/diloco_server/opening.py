@@ -57,6 +57,13 @@ def _resume(
     config: RunConfig, server: ServerConfig, store: Store, info: RunInfo, threads: Executor, now: float
 ) -> Opened:
     began, until = time.monotonic(), server.rollback
+    if store.rolled_back_before(until):
+        log.warning(
+            "the run was rolled back to version %d at an earlier start, and goes on from where it has come to since: "
+            "leave out --rollback. After one start without it, it can be rolled back there again",
+            until,
+        )
+        until = None
     number = _newest(store, until)
     saved = store.snapshots.read(number)
     run = Run(config, run_id=_run_id(info.run_id, info.lineage))
@@ -75,7 +82,7 @@ def _resume(
     recovery.finish(now)
     if until is not None:
         saved = small_snapshot(run)
-        run.run_id = _run_id(info.run_id, _roll_back(store, run, saved))
+        run.run_id = _run_id(info.run_id, _roll_back(store, run, saved, until))
         log.warning("rolled back to version %d; what came after it is in %s", until, store.root / "old")
     elif not saved.first_segment and not saved.clean:
         run.run_id = _run_id(info.run_id, store.new_lineage())
@@ -104,13 +111,13 @@ def _newest(store: Store, until: int | None) -> int:
     )
 
 
-def _roll_back(store: Store, run: Run, saved: disk.Snapshot) -> int:
-    """Make the run as it is now the newest state on disk. Returns its lineage."""
+def _roll_back(store: Store, run: Run, saved: disk.Snapshot, version: int) -> int:
+    """Make the run as it is now, at `version`, the newest state on disk. Returns its lineage."""
     draft = store.snapshots.begin(run.rounds_committed, run.layout, run.run_id)
     for fragment in run.layout.fragments:
         arrays = {n: a for n, a in run.parameters.state(fragment.index).arrays().items() if a.size}
         draft.add(capture(run.model, fragment.index), **arrays)
-    store.roll_back(draft, saved)
+    store.roll_back(draft, saved, version)
     assert store.info is not None
     return store.info.lineage
 

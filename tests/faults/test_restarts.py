@@ -247,6 +247,34 @@ def test_a_run_can_be_rolled_back_again_to_before_the_last_time(tmp_path: Path) 
     assert "damaged" not in (tmp_path / "state.log").read_text()
 
 
+def test_a_flag_that_is_left_in_place_rolls_a_run_back_only_once(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    settings = (*SETTINGS, "--snapshot-every=4", "--keep-snapshots=50")
+
+    def versions(server: ServerProcess) -> list[int]:
+        return [f["version"] for f in diloco_client.status(server.address)["fragments"]]
+
+    def trained(*arguments: str) -> list[int]:
+        with ServerProcess(state, *settings, *arguments) as server, crew(server) as both:
+            both.until_more(8)
+            both.finish()
+            found = versions(server)
+            server.kill()
+        return found
+
+    def held(*arguments: str) -> list[int]:
+        with ServerProcess(state, *settings, *arguments) as server:
+            return versions(server)
+
+    trained()
+    since = trained("--rollback=3")
+    assert min(since) > 3
+    assert held("--rollback=3") == since
+    assert "was rolled back to version 3 at an earlier start" in (tmp_path / "state.log").read_text()
+    assert held() == since
+    assert held("--rollback=3") == [3, 3]
+
+
 def test_a_state_directory_is_for_one_server_and_for_one_run(tmp_path: Path) -> None:
     state = tmp_path / "state"
 

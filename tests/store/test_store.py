@@ -163,9 +163,9 @@ def test_a_roll_back_makes_its_draft_the_newest_state(tmp_path: Path) -> None:
     store, _ = reopened(tmp_path)
     draft = store.snapshots.begin(1, LAYOUT, INFO.run_id)
     draft.add(pb.FragmentState(fragment=0), theta_of(9))
-    assert store.roll_back(draft, pb.Snapshot(rounds_committed=1)) == tmp_path / "old" / "run-1"
+    assert store.roll_back(draft, pb.Snapshot(rounds_committed=1), 1) == tmp_path / "old" / "run-1"
     assert store.snapshots.list() == [0, 1]
-    assert store.info == dataclasses.replace(INFO, lineage=2)
+    assert store.info == dataclasses.replace(INFO, lineage=2, rolled_back_to=1)
     store.start_journal()
     store.journal.append(record_of(7))
     store.close()
@@ -194,7 +194,7 @@ def test_a_roll_back_that_does_not_get_through_is_finished_by_the_next_start(
     with monkeypatch.context() as patched:
         patched.setattr(os, "rename", full)
         with pytest.raises(StorageFailed, match="disk is full"):
-            store.roll_back(draft, pb.Snapshot())
+            store.roll_back(draft, pb.Snapshot(), 0)
     draft.discard()
     store.close()
     pending = (tmp_path / "pending.json").read_bytes()

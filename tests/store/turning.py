@@ -98,7 +98,7 @@ class Turning:
                 put_aside[f"old/{INFO.run_id}-1/{path.replace('snapshots', 'snapshots.newer')}"] = data
         self.latest = SECOND
         self.aside.append(put_aside)
-        store.roll_back(draft, pb.Snapshot())
+        store.roll_back(draft, pb.Snapshot(), 0)
         self.earliest = SECOND
         store.start_journal(threaded=False)
         append(store, range(200, 202))

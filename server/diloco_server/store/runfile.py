@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What does not change while a run lasts, except for its lineage."""
+    """What does not change while a run lasts, except for its lineage and how that began."""
 
     run_id: str
     config: dict[str, str]
@@ -28,6 +28,8 @@ class RunInfo:
     """Of the layout."""
     lineage: int = 1
     """One more each time the run went back to an earlier state."""
+    rolled_back_to: int | None = None
+    """By `--rollback`, until a start without it."""
     created: float = field(default_factory=lambda: datetime.now(UTC).timestamp())
     """Seconds since 1970."""
 
@@ -37,6 +39,7 @@ def pack(info: RunInfo) -> bytes:
         "format": FORMAT_VERSION,
         "run_id": info.run_id,
         "lineage": info.lineage,
+        "rolled_back_to": info.rolled_back_to,
         "created": datetime.fromtimestamp(info.created, UTC).isoformat(),
         "config": info.config,
         "fingerprint": f"{info.fingerprint:016x}",
@@ -54,6 +57,7 @@ def unpack(data: bytes, path: object) -> RunInfo:
             return RunInfo(
                 run_id=str(content["run_id"]),
                 lineage=int(content["lineage"]),
+                rolled_back_to=content.get("rolled_back_to"),
                 created=datetime.fromisoformat(content["created"]).timestamp(),
                 config={str(k): str(v) for k, v in content["config"].items()},
                 fingerprint=int(content["fingerprint"], 16),

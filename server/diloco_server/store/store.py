@@ -155,6 +155,16 @@ class Store:
         """Put the run aside, for a new one; returns where it is. Raises StorageFailed."""
         return self._begin_pending({"what": "archive"})
 
+    def rolled_back_before(self, version: int | None) -> bool:
+        """Whether the run was rolled back to `version` at the last start already: it must not be at every restart.
+
+        A start without a roll-back (None) ends that. Raises StorageFailed.
+        """
+        assert self.info is not None
+        if version is None and self.info.rolled_back_to is not None:
+            self._write_info(replace(self.info, rolled_back_to=None))
+        return version is not None and self.info.rolled_back_to == version
+
     def replay_back(self, from_segment: int) -> Iterator[Replayed]:
         """`Journal.replay` for a roll-back: what an earlier one has put aside is read from there."""
         if from_segment != NO_JOURNAL and from_segment not in segment.numbers(self._files):
@@ -169,7 +179,7 @@ class Store:
         journals = (f"{OLD}/{name}/{segment.JOURNAL}" for name in runs if name.startswith(f"{self.info.run_id}-"))
         return [journal for journal in journals if self._files.exists(journal)]
 
-    def roll_back(self, draft: Draft, snapshot: pb.Snapshot) -> Path:
+    def roll_back(self, draft: Draft, snapshot: pb.Snapshot, version: int) -> Path:
         """In place of `draft.finish`: this is what the run has come to, with a new lineage and an empty journal.
 
         The former journal, and the snapshots of as many rounds or more, are put aside; returns where they are.
@@ -187,6 +197,7 @@ class Store:
                 "what": "roll back",
                 "segment": number,
                 "lineage": self.info.lineage + 1,
+                "version": version,
                 "draft": draft.path,
                 "name": draft.name,
                 "number": draft.number,
@@ -251,7 +262,7 @@ class Store:
         self._files.sync_dir("snapshots")
         self._begin_empty_journal(task["segment"])
         info = runfile.unpack(read_all(self._files, RUN), self.root / RUN)
-        self._write_info(replace(info, lineage=task["lineage"]))
+        self._write_info(replace(info, lineage=task["lineage"], rolled_back_to=task.get("version")))
 
     def _begin_empty_journal(self, number: int) -> None:
         """Its first segment says that there is nothing before it: no later one may be taken for the first."""
