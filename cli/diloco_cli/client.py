@@ -16,17 +16,21 @@ quiet_grpc()
 
 
 class Commands(Group):
-    """Those below, and the demo, whose options alone take longer to import than `health` may take."""
+    """Those below, and two whose options alone take longer to import than `health` may take."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return ["demo", *super().list_commands(context)]
+        return ["demo", "run", *super().list_commands(context)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name != "demo":
-            return super().get_command(context, name)
-        from .demo import demo_command
+        if name == "demo":
+            from .demo import demo_command
 
-        return demo_command
+            return demo_command
+        if name == "run":
+            from .run import run_command
+
+            return run_command
+        return super().get_command(context, name)
 
 
 @click.group(
@@ -40,7 +44,7 @@ class Commands(Group):
 )
 @click.version_option(package_name="diloco")
 def main() -> None:
-    """Look at a run, take its parameters, or see a whole one on this machine."""
+    """Join a run with an unmodified script, look at it, take its parameters, or see a whole one on this machine."""
 
 
 @main.command("status")

@@ -15,6 +15,9 @@ import click
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
+_OPTIONAL: dict[Any, type] = {"int | None": int, "float | None": float, "str | None": str}
+"""Types of fields that need not have a value."""
+
 FAILED = 1
 WRONG_SETTING = 2
 FAILED_START = 3
@@ -45,26 +48,34 @@ class Group(OneLineErrors, click.Group):
     """Several commands."""
 
 
-def config_options(config: type) -> Callable[[Decorated], Decorated]:
-    """Add one option for each field of a dataclass made with `diloco_proto.options.option`."""
+def config_options(config: type, prefix: str = "") -> Callable[[Decorated], Decorated]:
+    """Add one option for each field of a dataclass made with `diloco_proto.options.option`.
+
+    With `prefix` each is also that environment variable, whatever click would make of the command's name.
+    """
 
     def decorate(command: Decorated) -> Decorated:
         for f in reversed(dataclasses.fields(config)):
-            command = _option(f)(command)
+            command = _option(f, prefix + f.name.upper() if prefix else None)(command)
         return command
 
     return decorate
 
 
-def _option(f: dataclasses.Field[Any]) -> Callable[[Decorated], Decorated]:
+def _option(f: dataclasses.Field[Any], variable: str | None) -> Callable[[Decorated], Decorated]:
     flag = "--" + f.name.replace("_", "-")
-    common = {"help": f.metadata["help"], "default": f.default, "show_default": f.default is not None}
+    common = {
+        "help": f.metadata["help"],
+        "default": f.default,
+        "show_default": f.default is not None,
+        "envvar": variable,
+    }
     if isinstance(f.default, bool):
         return click.option(flag, is_flag=True, **common)
     if f.metadata["choices"]:
         return click.option(flag, type=click.Choice(f.metadata["choices"]), **common)
-    if f.type == "int | None":
-        return click.option(flag, type=int, **common)
+    if f.type in _OPTIONAL:
+        return click.option(flag, type=_OPTIONAL[f.type], **common)
     if f.default is None or isinstance(f.default, Path):
         return click.option(flag, type=click.Path(path_type=Path), **common)
     return click.option(flag, type=type(f.default), **common)

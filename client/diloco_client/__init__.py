@@ -15,6 +15,7 @@ from diloco_proto.errors import (
     DamagedFrame,
     DilocoError,
     InvalidAddress,
+    IslandBroken,
     ManifestMismatch,
     MasterWeights,
     NonFiniteParameter,
@@ -28,10 +29,12 @@ from diloco_proto.errors import (
     Superseded,
     TLSMismatch,
     Unauthenticated,
+    UnclearIsland,
     UnsupportedModel,
 )
 
 if TYPE_CHECKING:
+    from diloco_client.data import ShardedSampler, shard_stream
     from diloco_client.hook import Outer
     from diloco_client.joining import join
     from diloco_client.observe import export, snapshots, status
@@ -43,6 +46,7 @@ __all__ = [
     "DamagedFrame",
     "DilocoError",
     "InvalidAddress",
+    "IslandBroken",
     "ManifestMismatch",
     "MasterWeights",
     "NonFiniteParameter",
@@ -53,14 +57,17 @@ __all__ = [
     "ProtocolMismatch",
     "RunMismatch",
     "ServerUnreachable",
+    "ShardedSampler",
     "StateMismatch",
     "Stats",
     "Superseded",
     "TLSMismatch",
     "Unauthenticated",
+    "UnclearIsland",
     "UnsupportedModel",
     "export",
     "join",
+    "shard_stream",
     "snapshots",
     "status",
 ]
@@ -73,6 +80,10 @@ def __getattr__(name: str) -> Any:
         from diloco_client import joining
 
         return getattr(joining, name)
+    if name in ("ShardedSampler", "shard_stream"):
+        from diloco_client import data
+
+        return getattr(data, name)
     if name in ("export", "snapshots", "status"):
         from diloco_client import observe
 

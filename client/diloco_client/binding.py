@@ -1,6 +1,7 @@
 """A torch model seen as flat fragments: which tensors take part, and how values go out of them and back in.
 
-A fragment's values are one numpy float32[length] everywhere but in the model. `capture`, `mix`, `shift` and `adopt` run
+A fragment's values are one numpy float32[length] everywhere but in the model. (On a rank of an island they are those of
+its span; see `sharded`.) `capture`, `mix`, `shift` and `adopt` run
 on the training thread: copies and one elementwise pass. `delta` runs on the courier's threads; `rebase_change`, which
 is only needed off schedule, on the training thread too.
 """
@@ -22,6 +23,10 @@ from diloco_proto.manifest import DTYPES, Fragment, Layout, Manifest, Role, Tens
 
 from .flights import Captured
 from .optimizers import check_optimizers
+from .spans import Span
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+"""What torch.compile and activation checkpointing put before the names of what they wrap."""
 
 
 @dataclass(slots=True)
@@ -59,6 +64,7 @@ class Binding:
 
     def __init__(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._model = model
+        self._replicated = _has_replicas(model)
         self._optimizers = tuple(optimizers)
         self._parameters: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, tuple[torch.nn.Module, str]] = {}
@@ -82,8 +88,8 @@ class Binding:
     def _find_parameters(self, found: dict[tuple[object, ...], _Found]) -> None:
         held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            entry = found.setdefault(_place(parameter), _Found(parameter, Role.FROZEN, []))
-            entry.names.append(_plain_name(name))
+            entry = found.setdefault(self._place(parameter), _Found(parameter, Role.FROZEN, []))
+            entry.names.append(self._plain_name(name))
             if parameter.requires_grad and id(parameter) in held:
                 entry.role = Role.TRAINED
         if not any(f.role is Role.TRAINED for f in found.values()):
@@ -94,18 +100,31 @@ class Binding:
         self._parameters = {f.names[0]: f.tensor for f in found.values()}
         self._frozen = {id(f.tensor): f.names[0] for f in found.values() if f.role is Role.FROZEN}
 
+    def _plain_name(self, name: str) -> str:
+        """The name without what torch's wrappers put into it."""
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        return name.removeprefix("module.") if self._replicated else name
+
+    def _place(self, tensor: torch.Tensor) -> tuple[object, ...]:
+        """Where a tensor's values lie: the same for tied tensors."""
+        return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+    def _storage(self, tensor: torch.Tensor) -> tuple[object, ...]:
+        return tensor.device, tensor.untyped_storage().data_ptr()
+
     def _find_buffers(self, found: dict[tuple[object, ...], _Found]) -> None:
         """A buffer that is a parameter is a further name of it; a view of one is left to the parameter."""
-        of_parameters = {_storage(parameter) for parameter in self._model.parameters()}
+        of_parameters = {self._storage(parameter) for parameter in self._model.parameters()}
         for path, module in self._model.named_modules(remove_duplicate=False):
             for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
                 if key in module._non_persistent_buffers_set or not _averaged(buffer):
                     continue
-                name = _plain_name(f"{path}.{key}" if path else key)
-                if _place(buffer) in found:
-                    found[_place(buffer)].names.append(name)
-                elif _storage(buffer) not in of_parameters:
-                    found[_place(buffer)] = _Found(buffer, Role.BUFFER, [name])
+                name = self._plain_name(f"{path}.{key}" if path else key)
+                if self._place(buffer) in found:
+                    found[self._place(buffer)].names.append(name)
+                elif self._storage(buffer) not in of_parameters:
+                    found[self._place(buffer)] = _Found(buffer, Role.BUFFER, [name])
                     self._buffers[name] = (module, key)
 
     def check_optimizers(self) -> None:
@@ -118,7 +137,12 @@ class Binding:
     def attach(self, layout: Layout) -> None:
         """Settle where each tensor lies in its fragment."""
         self.layout = layout
-        self._rounded = [[s for s in fragment.slots if s.tensor.dtype != "float32"] for fragment in layout.fragments]
+        self.spans = self._spans(layout)
+        self._rounded = [[p for p in span.pieces() if p.slot.tensor.dtype != "float32"] for span in self.spans]
+
+    def _spans(self, layout: Layout) -> list[Span]:
+        """What of each fragment this process holds."""
+        return [Span.whole(fragment) for fragment in layout.fragments]
 
     # -- training thread --
 
@@ -129,7 +153,7 @@ class Binding:
         with record_function("diloco::capture"):
             tensors = self._local(fragment)
             device = self._common_device(fragment)
-            length = self.layout.fragments[fragment].length
+            length = self.spans[fragment].length
             if device.type != "cuda":
                 values = _host_tensor(length, pinned=False, zero=True)
                 _fill(values, tensors)
@@ -192,15 +216,15 @@ class Binding:
 
     # -- any thread --
 
-    def seed_values(self, fragment: int) -> Floats:
-        """The local values as they become version 0: float32, magnitudes under 2^-100 flushed.
+    def seed_values(self, fragment: int, captured: Captured) -> Floats:
+        """The local values as they become version 0: float32, magnitudes under 2^-100 flushed, in place.
 
         Raises NonFiniteParameter, naming the tensor.
         """
-        values = self.capture(fragment).wait()
+        values = captured.wait()
         bad = flush_(values)
         if bad >= 0:
-            raise non_finite(self.layout.fragments[fragment], bad)
+            raise self.non_finite(fragment, bad)
         return values
 
     def delta(self, fragment: int, base: Floats, captured: Captured) -> Floats:
@@ -232,9 +256,9 @@ class Binding:
         if not self._rounded[fragment]:
             return theta
         result = theta.copy()
-        for slot in self._rounded[fragment]:
-            values = torch.from_numpy(result[slot.offset : slot.end])
-            values.copy_(values.to(_dtype(slot.tensor)))
+        for piece in self._rounded[fragment]:
+            values = torch.from_numpy(result[piece.begin : piece.end])
+            values.copy_(values.to(plain_dtype(piece.slot.tensor)))
         return result
 
     def state_dict(self, bases: Sequence[Floats]) -> dict[str, torch.Tensor]:
@@ -245,12 +269,26 @@ class Binding:
             for slot in fragment.slots:
                 value = torch.from_numpy(base[slot.offset : slot.end]).reshape(slot.tensor.shape)
                 for name in (slot.tensor.name, *slot.tensor.tied):
-                    theta[name] = value.to(_dtype(slot.tensor), copy=True)
+                    theta[name] = value.to(plain_dtype(slot.tensor), copy=True)
+        return self._filled(theta)
+
+    def _filled(self, theta: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The model's state_dict with these values in it, by the manifest's names."""
+        filled: dict[str, torch.Tensor] = {}
         state: dict[str, Any] = self._model.state_dict()
-        return {
-            name: theta[_plain_name(name)] if _plain_name(name) in theta else _detached(value)
-            for name, value in state.items()
-        }
+        for name, value in state.items():
+            known = theta.get(self._plain_name(name))
+            filled[name] = _detached(value) if known is None else self._as_in_state(value, known)
+        return filled
+
+    def _as_in_state(self, value: Any, theta: torch.Tensor) -> torch.Tensor:
+        """θ of a tensor in the place of the `value` that the model's state has of it."""
+        return theta
+
+    def non_finite(self, fragment: int, index: int) -> NonFiniteParameter:
+        """The error for value `index` of what this process holds of the fragment."""
+        span = self.spans[fragment]
+        return non_finite(span.fragment, span.start + index)
 
     def pinned(self, fragment: int) -> bool:
         """Whether host buffers of this fragment go to a CUDA device."""
@@ -314,18 +352,10 @@ def _fill(flat: torch.Tensor, tensors: Iterable[tuple[int, int, torch.Tensor]]) 
         flat[offset:end].view(local.shape).copy_(local, non_blocking=flat.is_cuda)
 
 
-def _plain_name(name: str) -> str:
-    """The name without the prefix that torch.compile puts before it."""
-    return name.replace("_orig_mod.", "")
-
-
-def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Where a tensor's values lie: the same for tied tensors."""
-    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-
-
-def _storage(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+def _has_replicas(model: torch.nn.Module) -> bool:
+    """Whether the model, or what torch.compile has compiled of it, is wrapped in DistributedDataParallel."""
+    inner = getattr(model, "_orig_mod", model)
+    return isinstance(inner, torch.nn.parallel.DistributedDataParallel)
 
 
 def _averaged(buffer: torch.Tensor) -> bool:
@@ -333,7 +363,7 @@ def _averaged(buffer: torch.Tensor) -> bool:
     return _dtype_name(buffer) in DTYPES and buffer.layout is torch.strided and buffer.numel() > 0
 
 
-def _dtype(spec: TensorSpec) -> torch.dtype:
+def plain_dtype(spec: TensorSpec) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     return dtype
 

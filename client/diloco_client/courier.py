@@ -14,23 +14,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import CorruptFrame, Format, UnencodableValue, digest, pack_frames
-from diloco_proto.errors import ConnectionClosed, DilocoError, RolledBack
-from diloco_proto.manifest import Fragment, Role
+from diloco_proto.codec import Format, UnencodableValue, digest, pack_frames
+from diloco_proto.errors import DilocoError, RolledBack
+from diloco_proto.manifest import Role
 
-from .binding import Binding, host_buffer, non_finite
+from .binding import Binding
+from .fetching import Fetcher
 from .flights import Arrival, Base, Flight, Flights
 from .messages import contribution_header
-from .transport import PulledItem, Transport
+from .spans import Span
+from .transport import Transport
 
 log = logging.getLogger("diloco")
-
-SNAPSHOT_TRIES = 3
-"""Of frames that arrive whole one by one, and yet do not make the parameters that they should."""
 
 CLOSE_SECONDS = 5.0
 """So long `close` waits for the transfers to end, which were cut."""
@@ -44,6 +42,7 @@ class Courier:
     ) -> None:
         self._transport = transport
         self._binding = binding
+        self._fetcher = Fetcher(transport, binding, self._credible)
         self._uplink = uplink
         self._identity = identity
         self._count = binding.layout.num_scheduled
@@ -109,8 +108,8 @@ class Courier:
         """Send a contribution off; the fragment must have none under way."""
         with self._changed:
             launched = self._flights.launch(flight)
-        if launched:
-            self._uphill.put(flight)
+            if launched:
+                self._send(flight)
 
     def flight(self, fragment: int) -> Flight | None:
         """The contribution under way."""
@@ -135,7 +134,7 @@ class Courier:
         with self._changed:
             self._flights.restore(fragment, base, flight)
             if flight is not None and flight.counted is None:
-                self._uphill.put(flight)
+                self._send(flight)
             self._fetch_wanted()
 
     def take(self, fragment: int) -> Arrival | None:
@@ -203,7 +202,7 @@ class Courier:
         with self._changed:
             self._connected = True
             for flight in self._flights.on_versions(versions):
-                self._uphill.put(flight)
+                self._send(flight)
             self._fetch_wanted()
             self._changed.notify_all()
 
@@ -242,11 +241,20 @@ class Courier:
             self._fatal = self._fatal or error
             self._changed.notify_all()
 
+    def _send(self, flight: Flight) -> None:
+        """Let it be pushed, for the first time or once more."""
+        self._uphill.put(flight)
+
     def _fetch_wanted(self) -> None:
         if self._flights.bases:
             for fragment in range(self._count):
-                if self._flights.lacks_base(fragment) or self._flights.wanted(fragment) is not None:
+                if self._to_fetch(fragment)[0]:
                     self._downhill.put(fragment)
+
+    def _to_fetch(self, fragment: int) -> tuple[bool, Base | None]:
+        """Whether there is something to fetch, and on top of what; None for a snapshot."""
+        base = self._flights.wanted(fragment)
+        return base is not None or self._flights.lacks_base(fragment), base
 
     # -- push thread --
 
@@ -254,14 +262,18 @@ class Courier:
         try:
             loop()
         except DilocoError as error:
-            self.fail(error)
+            self._broken(error)
         except Exception as error:
             if self._transport.closed.is_set():
                 return
             log.exception("a background thread of diloco failed")
             failure = DilocoError(f"a background thread of diloco failed: {error!r}; please report this")
             failure.__cause__ = error
-            self.fail(failure)
+            self._broken(failure)
+
+    def _broken(self, error: DilocoError) -> None:
+        """A background thread has ended with this error."""
+        self.fail(error)
 
     def _push_loop(self) -> None:
         while (flight := self._uphill.get()) is not None:
@@ -278,10 +290,15 @@ class Courier:
                 self._await_welcome_after(run_id)
                 continue
             with self._changed:
-                if self._flights.holds(flight) and self._flights.on_outcome(flight, outcome):
-                    self._uphill.put(flight)
-                self._fetch_wanted()
+                if self._flights.holds(flight):
+                    self._pushed(flight, outcome)
                 self._changed.notify_all()
+
+    def _pushed(self, flight: Flight, outcome: pb.Outcome) -> None:
+        """The server has answered a push."""
+        if self._flights.on_outcome(flight, outcome):
+            self._send(flight)
+        self._fetch_wanted()
 
     def _await_welcome_after(self, run_id: str) -> None:
         """The server has said that this run was rolled back; its welcome, with what is now, comes by the session."""
@@ -296,32 +313,33 @@ class Courier:
                 self._encode(flight)
 
     def _encode(self, flight: Flight) -> None:
-        fragment = self._binding.layout.fragments[flight.fragment]
-        fmt = Format.FP32 if fragment.role is Role.BUFFER else self._uplink
+        span = self._binding.spans[flight.fragment]
+        fmt = Format.FP32 if span.fragment.role is Role.BUFFER else self._uplink
         if not flight.frames:
-            self._pack(flight, fragment, fmt)
-        header = contribution_header(self._identity(), flight, fragment, fmt, flight.frames)
+            self._pack(flight, span, fmt)
+        header = contribution_header(self._identity(), flight, span, fmt, flight.frames)
         wire = header.ByteSize() + sum(pb.PushRequest(frame=f).ByteSize() for f in flight.frames)
-        self._transport.counters.contribution(wire, fragment.parameters)
+        self._transport.counters.contribution(wire, span.parameters)
         flight.header = header
 
-    def _pack(self, flight: Flight, fragment: Fragment, fmt: Format) -> None:
+    def _pack(self, flight: Flight, span: Span, fmt: Format) -> None:
         with record_function("diloco::encode"):
             assert flight.captured is not None
             delta = self._binding.delta(flight.fragment, flight.base.theta, flight.captured)
             flight.captured = None
             try:
-                flight.frames = pack_frames(flight.encode(fmt, delta))
+                flight.frames = pack_frames(flight.encode(fmt, delta), span.first_block)
             except UnencodableValue as error:
-                raise non_finite(fragment, error.index) from error
+                raise self._binding.non_finite(flight.fragment, error.index) from error
 
     # -- pull thread --
 
     def _pull_loop(self) -> None:
         while (fragment := self._downhill.get()) is not None:
             with self._changed:
-                run_id, base = self._run_id, self._flights.wanted(fragment)
-                if base is None and not self._flights.lacks_base(fragment):
+                run_id = self._run_id
+                needed, base = self._to_fetch(fragment)
+                if not needed:
                     continue
             try:
                 newer = self.fetch(fragment, base, run_id)
@@ -330,50 +348,17 @@ class Courier:
                 continue
             with self._changed:
                 if self._run_id == run_id:
-                    self._flights.on_arrived(fragment, newer)
+                    self._fetched(fragment, newer)
                 self._changed.notify_all()
+
+    def _fetched(self, fragment: int, newer: Base) -> None:
+        """What a pull has brought is here."""
+        self._flights.on_arrived(fragment, newer)
 
     def fetch(self, fragment: int, base: Base | None, run_id: str) -> Base:
         """The fragment's newest parameters: by updates on top of `base`, or its snapshot. Raises RolledBack."""
-        newer = self._fetch_once(fragment, base, run_id)
-        if newer is None and base is not None:
-            log.warning("fragment %d differs from the server's after its update; fetching it afresh", fragment)
-        tries = 0 if base is not None else 1
-        while newer is None and tries < SNAPSHOT_TRIES:
-            newer = self._fetch_once(fragment, None, run_id)
-            tries += 1
-        if newer is None:
-            raise ConnectionClosed(
-                f"the server's snapshot of fragment {fragment} does not match its own digest, {tries} times in a row: "
-                "the memory of this machine or of the server may be faulty"
-            )
-        return newer
+        return self._fetcher.fetch(fragment, base, run_id)
 
-    def _fetch_once(self, fragment: int, base: Base | None, run_id: str) -> Base | None:
-        """None when what came does not lead to what the server has."""
-        request = pb.PullRequest(run_id=run_id, fragment=fragment, snapshot=base is None)
-        if base is not None:
-            request.since_version = base.version
-        items = self._transport.pull(request)
-        with record_function("diloco::decode"):
-            return self._decode(fragment, base, items)
-
-    def _decode(self, fragment: int, base: Base | None, items: list[PulledItem]) -> Base | None:
-        """The base that `items` lead to, or None when it is not the one the server has."""
-        if not items:
-            return base
-        length = self._binding.layout.fragments[fragment].length
-        theta = host_buffer(length, pinned=self._binding.pinned(fragment))
-        if base is not None:
-            np.copyto(theta, base.theta)
-        for item in items:
-            try:
-                item.apply(theta)
-            except CorruptFrame as error:
-                log.warning("fragment %d: %s", fragment, error)
-                return None
-            if item.kind == pb.ITEM_UPDATE:
-                self._transport.counters.update(item.nbytes, self._binding.layout.fragments[fragment].parameters)
-        if digest(theta) != items[-1].digest:
-            return None
-        return Base(items[-1].version, theta)
+    def _credible(self, newer: Base) -> bool:
+        """Whether it is what the server has, as far as this process can tell."""
+        return digest(newer.theta) == newer.announced

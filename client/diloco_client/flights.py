@@ -33,10 +33,12 @@ class Captured(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Global parameters of one fragment at one version."""
+    """Global parameters of one fragment at one version; of those, what this process holds."""
 
     version: int
     theta: Floats
+    announced: int = 0
+    """Digest of the whole fragment, by the server's word; 0 where nobody asks for it."""
 
 
 @dataclass(slots=True, kw_only=True)

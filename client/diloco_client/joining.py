@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from diloco_proto.errors import DilocoError
+from diloco_proto.errors import DilocoError, UnclearIsland
 
 from .binding import Binding
 from .connect import Connector
 from .hook import Outer
+from .link import Link
 from .network import Network
-from .resume import read
+from .optimizers import inner_optimizer
+from .resume import Saved, new_generation, read
 from .transport import Transport
 
 
@@ -37,6 +40,7 @@ def join(
     download_limit: float | None = None,
     state: Mapping[str, Any] | None = None,
     sigterm_seconds: float | None = None,
+    island: dist.ProcessGroup | bool | None = None,
 ) -> Outer:
     """Join the run that the diloco-server at `address` owns, and hook `optimizer.step()`.
 
@@ -47,7 +51,8 @@ def join(
 
     Blocks until the run is open (its `min_workers` have joined); then the model's parameters are the global ones.
     The first worker's parameters become the run's, unless the server was given some. With several optimizers an
-    inner step is over when the last one in the list has stepped.
+    inner step is over when the last one in the list has stepped. What accelerate and Lightning make of an optimizer
+    will do as well.
 
     `worker_id` names this worker; the same name in two live processes makes the older one stop. It defaults to
     host name, process id and a random suffix. `connect_timeout` (seconds) bounds the wait for the server to answer.
@@ -63,29 +68,59 @@ def join(
     finishes its inner step, pushes what was not counted yet, leaves the run once the server has it or most of the time
     is over, and then does what SIGTERM did before. Only in the main thread; without it signals are left alone.
 
+    Where several processes (ranks) train one model together they are one worker, and every rank calls join: with a
+    model that `fully_shard` or tensor parallelism has sharded, or one wrapped in DistributedDataParallel. Of a plain
+    model in a process group of several ranks `island` must say whether it is a replica that the ranks of this group
+    keep equal by other means (a process group), or each process is a worker of its own (False). Worker id and
+    `sigterm_seconds` count as the first rank has them; its id defaults to DILOCO_WORKER_ID, or under torchrun to host
+    name and run id, which a restart keeps. docs/islands.md has the rest.
+
     Raises InvalidAddress, PinMismatch, CertificateError, TLSMismatch, Unauthenticated, ServerUnreachable,
-    UnsupportedModel, MasterWeights, ManifestMismatch (naming the first tensor that differs) or another DilocoError.
+    UnsupportedModel, MasterWeights, ManifestMismatch (naming the first tensor that differs), UnclearIsland or another
+    DilocoError; in an island the same on all ranks.
     Use the result in a `with` block; leaving it flushes.
     """
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    optimizers = [inner_optimizer(o) for o in optimizers]
     if not optimizers or not all(isinstance(o, torch.optim.Optimizer) for o in optimizers):
         raise TypeError("join(address, model, optimizer): optimizer must be a torch optimizer or a list of them")
-    try:
-        binding = Binding(model, optimizers)
+
+    def reach() -> Transport:
         server = Connector(address, token=token, ca_cert=ca_cert, client_cert=client_cert, client_key=client_key)
         network = Network.chosen(
             data_connections=data_connections, upload_limit=upload_limit, download_limit=download_limit
         )
-        saved = None if state is None else read(state)
-        if saved is not None:
-            worker_id = worker_id or saved.worker_id
-        transport = Transport(server, network=network)
-        return Outer(
-            transport, binding, optimizers, worker_id or _default_id(), connect_timeout, saved, sigterm_seconds
-        )
+        return Transport(server, network=network)
+
+    try:
+        link, saved = _link(island, model, optimizers, reach, worker_id, state)
+        return Outer(link, optimizers, connect_timeout, saved, sigterm_seconds)
     except DilocoError as error:
         # What it says is for whoever runs the script: the way it took through threads and gRPC only hides it.
         raise error.with_traceback(None) from None
+
+
+def _link(
+    island: dist.ProcessGroup | bool | None,
+    model: torch.nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    reach: Callable[[], Transport],
+    worker_id: str | None,
+    state: Mapping[str, Any] | None,
+) -> tuple[Link, Saved | None]:
+    """The link to join by, and the state of a former process that is taken up."""
+    if dist.is_available() and dist.is_initialized():
+        from .islands import find, island_link  # what these import of torch takes long: not for plain workers
+
+        found = find(model, island)
+        if found is not None:
+            return island_link(found, model, optimizers, reach, worker_id, state)
+    elif island:
+        raise UnclearIsland("join(island=group), but torch.distributed is not initialised in this process")
+    binding = Binding(model, optimizers)
+    saved = None if state is None else read(state)
+    name = worker_id or (saved.worker_id if saved else _default_id())
+    return Link(reach(), binding, name, new_generation(saved), saved.run_id if saved else ""), saved
 
 
 def _default_id() -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Encoded, Format, digest, pack_frames, warm_up
+from diloco_proto.codec import Format, digest, warm_up
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import (
     DilocoError,
@@ -23,20 +23,15 @@ from diloco_proto.manifest import Layout, Pattern, build_layout
 
 from .binding import Binding
 from .courier import Courier
+from .first import First
 from .flights import Base
-from .messages import seed_header
-from .session import Session
+from .session import Membership, Session
+from .trainer import Idle, Shard, Trainer
 from .transport import Transport
 
+T = TypeVar("T")
+
 log = logging.getLogger("diloco")
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A worker's share of the data: `index` of `count`."""
-
-    index: int
-    count: int
 
 
 def stem(run_id: str) -> str:
@@ -47,34 +42,18 @@ def stem(run_id: str) -> str:
 class Link:
     """One worker in one run. `join` blocks until the run is open; afterwards `courier` carries the fragments.
 
-    `former_run` and `former_generation` are those of the process whose saved state this one takes up.
+    `former_run` is that of the process whose saved state this one takes up.
     """
 
     def __init__(
-        self,
-        transport: Transport,
-        binding: Binding,
-        worker_id: str,
-        beat: Callable[[], pb.Heartbeat],
-        *,
-        former_run: str = "",
-        former_generation: int = 0,
+        self, transport: Transport, binding: Binding, worker_id: str, generation: int, former_run: str = ""
     ) -> None:
         self._transport = transport
         self._binding = binding
         self._former_run = former_run
-        self._session = Session(
-            transport,
-            worker_id,
-            max(time.time_ns(), former_generation + 1),
-            binding.manifest,
-            former_run=former_run,
-            beat=beat,
-            on_welcome=self._on_welcome,
-            on_event=self._on_event,
-            on_lost=self._on_lost,
-            on_fatal=self._on_fatal,
-        )
+        self._session = self._new_session(worker_id, generation)
+        self.trainer: Trainer = Idle()
+        """What trains here."""
         self._changed = threading.Condition()
         self._welcome: pb.Welcome | None = None
         self._versions: dict[int, pb.FragmentVersion] | None = None
@@ -95,6 +74,28 @@ class Link:
         self.shard = Shard(0, 1)
         self.stopped = ""
         """Why the run has ended; empty while it has not."""
+
+    def _new_session(self, worker_id: str, generation: int) -> Membership:
+        return Session(
+            self._transport,
+            worker_id,
+            generation,
+            self._binding.manifest,
+            former_run=self._former_run,
+            beat=lambda: self.trainer.beat(),
+            on_welcome=self._on_welcome,
+            on_event=self._on_event,
+            on_lost=self._on_lost,
+            on_fatal=self._on_fatal,
+        )
+
+    @property
+    def transport(self) -> Transport:
+        return self._transport
+
+    @property
+    def binding(self) -> Binding:
+        return self._binding
 
     @property
     def courier(self) -> Courier:
@@ -128,7 +129,7 @@ class Link:
         Afterwards the model's parameters are the global ones, unless a former process is taken up: then they are
         left alone. Raises ServerUnreachable, ManifestMismatch or another DilocoError.
         """
-        self._transport.wait_until_up(connect_timeout, self._say_waiting)
+        self.do(lambda: self._reach(connect_timeout))
         self._session.start()
         self._await(lambda: self._welcome is not None, connect_timeout)
         bases = None
@@ -143,6 +144,46 @@ class Link:
         self._await(lambda: self._start_step is not None)
         assert self._start_step is not None
         return self._start_step
+
+    # -- what the training thread asks, of the whole worker --
+
+    def sync(self) -> None:
+        """Before the training goes on. Raises what has gone wrong meanwhile."""
+        self.courier.raise_fatal()
+
+    def report(self, tokens: int | None, loss: float | None) -> None:
+        """Of an inner step."""
+        self.trainer.note(tokens, loss)
+
+    @property
+    def rank_shard(self) -> Shard:
+        """This process's share of the data."""
+        return self.shard
+
+    @property
+    def notice_left(self) -> float | None:
+        """Seconds left until this machine is taken away; None while there was no notice."""
+        return self.trainer.notice_left
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether something is so for any of the worker's processes."""
+        return here
+
+    def digest(self, fragment: int, base: Base) -> int:
+        """Of the whole fragment, as the worker's processes hold it."""
+        return digest(base.theta)
+
+    def label(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of this process as it is saved beside those of the worker's other processes."""
+        return state
+
+    def unlabel(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Of what was saved, the state of this process."""
+        return state
+
+    def do(self, work: Callable[[], T]) -> T:
+        """The result of what waits for the network or may fail, once all of the worker's processes have done it."""
+        return work()
 
     def ready(self) -> None:
         """The worker trains again after it had finished."""
@@ -170,6 +211,10 @@ class Link:
 
     # -- joining --
 
+    def _reach(self, timeout: float) -> None:
+        address = self._transport.address
+        self._transport.wait_until_up(timeout, lambda: log.warning("waiting for a diloco-server at %s", address))
+
     def _enter(self) -> list[Base] | None:
         """Take part in the run of the last welcome, with the bases that are returned.
 
@@ -179,8 +224,7 @@ class Link:
         courier = self._set_up()
         warm_up({Format(self.settings.uplink_codec), Format(self.settings.downlink_codec), Format.FP32})
         try:
-            seeds = self._seed_if_asked(courier)
-            bases = [self._base(courier, index, seeds) for index in range(len(self.layout.fragments))]
+            bases = self._first_bases(courier, self._new_first(courier))
         except (RolledBack, RunMismatch):
             self._await(lambda: self._left(courier))
             return None
@@ -199,29 +243,28 @@ class Link:
             settings = welcome.settings
             layout = build_layout(self._binding.manifest, settings.num_fragments, Pattern(settings.fragment_pattern))
             if layout.fingerprint != welcome.layout_fingerprint:
-                raise ManifestMismatch(
-                    "server and worker cut the same model into different fragments: install the same version of "
-                    "diloco on both"
-                )
+                both = "install the same version of diloco on both"
+                raise ManifestMismatch(f"server and worker cut the same model into different fragments: {both}")
             self._binding.attach(layout)
-            courier = self._courier = Courier(
-                self._transport, self._binding, Format(settings.uplink_codec), self._identity
-            )
+            courier = self._courier = self._new_courier(Format(settings.uplink_codec))
             courier.on_welcome(welcome.run_id, list(welcome.versions))
             if not self._connected:
                 courier.on_lost()
             return courier
 
+    def _new_courier(self, uplink: Format) -> Courier:
+        return Courier(self._transport, self._binding, uplink, self._identity)
+
     def _left(self, courier: Courier) -> bool:
         """The run is another one than when `courier` was set up."""
         return self._welcome is None or self._welcome.run_id != courier.run_id
 
-    def _seed_if_asked(self, courier: Courier) -> list[Base]:
-        """Wait until the run has parameters, giving it this worker's when the server asks for them.
+    def _new_first(self, courier: Courier) -> First:
+        return First(self._transport, self._binding, courier, self._identity, self.do)
 
-        It may ask again, when the first attempt came to nothing. Returns what was given last. Raises RunMismatch if
-        there is another run by now.
-        """
+    def _first_bases(self, courier: Courier, first: First) -> list[Base]:
+        """Once the run has parameters; this worker gives it its own when the server asks for them, which it may do
+        again, when the first attempt came to nothing. Raises RunMismatch if there is another run by now."""
         seeds: list[Base] = []
         while True:
             self._await(lambda: self._versions is not None or self._seed_wanted or self._left(courier))
@@ -229,17 +272,20 @@ class Link:
                 if self._left(courier):
                     raise RunMismatch("the run is another one now")
                 if self._versions is not None:
-                    return seeds
+                    break
                 self._seed_wanted = False
             try:
-                seeds = self._seed(courier.run_id)
+                seeds = first.seed()
             except InvalidContribution as error:
                 log.warning("this worker's seed is no longer wanted: %s", error)
+        count = len(self.layout.fragments)
+        known = (self._versions or {}).get
+        return [first.base(p, known(p), seeds[p] if seeds else None) for p in range(count)]
 
     def _replace(self, index: int, base: Base) -> None:
         """Adopt the global values. The local ones are kept where they differ: a saved state may be theirs."""
         local = self._binding.capture(index).wait()
-        if digest(local) != digest(base.theta):
+        if self.anywhere(digest(local) != digest(base.theta)):
             self.replaced[index] = local.copy()
         self._binding.adopt(index, base.theta)
 
@@ -247,32 +293,8 @@ class Link:
         """The training has begun: what the model held before is of no use any more."""
         self.replaced.clear()
 
-    def _seed(self, run_id: str) -> list[Base]:
-        """Make this worker's parameters version 0 of the run."""
-        bases = []
-        log.info("seeding run %s with this worker's parameters", run_id)
-        identity = pb.PushHeader(run_id=run_id, worker_id=self.worker_id, generation=self.generation)
-        for fragment in self.layout.fragments:
-            theta = self._binding.seed_values(fragment.index)
-            frames = pack_frames(Encoded(Format.FP32, theta.view("uint8")[:0], theta.view("uint8")))
-            self._transport.push(seed_header(identity, fragment, frames), frames)
-            bases.append(Base(0, theta))
-        return bases
-
-    def _base(self, courier: Courier, index: int, seeds: list[Base]) -> Base:
-        """The fragment's global parameters: what this worker seeded, if nothing has changed, else fetched."""
-        versions = self._versions
-        if seeds and versions is not None:
-            now = versions[index]
-            if now.version == 0 and digest(seeds[index].theta) == now.digest:
-                return seeds[index]
-        return courier.fetch(index, None, courier.run_id)
-
     def _identity(self) -> pb.PushHeader:
         return pb.PushHeader(run_id=self.run_id, worker_id=self._session.worker_id, generation=self._session.generation)
-
-    def _say_waiting(self) -> None:
-        log.warning("waiting for a diloco-server at %s", self._transport.address)
 
     def _await(self, condition: Callable[[], bool], timeout: float | None = None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Format, frame_checksum
-from diloco_proto.manifest import Fragment
+from diloco_proto.codec import Encoded, Format, frame_checksum, pack_frames
+from diloco_proto.codec.formats import Floats
 from diloco_proto.wire import codec_to_pb
 
 from .flights import Flight
+from .spans import Span
 
 
-def seed_header(identity: pb.PushHeader, fragment: Fragment, frames: list[bytes]) -> pb.PushHeader:
-    """Of a whole fragment's parameters as version 0. `identity` has run, worker and generation."""
-    return _header(identity, pb.PURPOSE_SEED, fragment, Format.FP32, frames)
+def seed_push(identity: pb.PushHeader, span: Span, theta: Floats) -> tuple[pb.PushHeader, list[bytes]]:
+    """Header and frames of what this process holds of a fragment, as version 0. `identity` has run, worker and
+    generation."""
+    codes = theta.view(np.uint8)
+    frames = pack_frames(Encoded(Format.FP32, codes[:0], codes), span.first_block)
+    return _header(identity, pb.PURPOSE_SEED, span, Format.FP32, frames), frames
 
 
 def contribution_header(
-    identity: pb.PushHeader, flight: Flight, fragment: Fragment, fmt: Format, frames: list[bytes]
+    identity: pb.PushHeader, flight: Flight, span: Span, fmt: Format, frames: list[bytes]
 ) -> pb.PushHeader:
-    """Of a whole contribution."""
-    header = _header(identity, pb.PURPOSE_CONTRIBUTION, fragment, fmt, frames)
+    """Of a contribution, or this process's part of it."""
+    header = _header(identity, pb.PURPOSE_CONTRIBUTION, span, fmt, frames)
     header.base_version = flight.base.version
     header.tokens = flight.tokens
     header.steps = flight.steps
@@ -28,13 +34,13 @@ def contribution_header(
 
 
 def _header(
-    identity: pb.PushHeader, purpose: pb.Purpose, fragment: Fragment, fmt: Format, frames: list[bytes]
+    identity: pb.PushHeader, purpose: pb.Purpose, span: Span, fmt: Format, frames: list[bytes]
 ) -> pb.PushHeader:
     header = pb.PushHeader(
         purpose=purpose,
-        fragment=fragment.index,
+        fragment=span.fragment.index,
         codec=codec_to_pb(fmt),
-        parts=[pb.Part(first_block=0, num_blocks=fragment.num_blocks)],
+        parts=[span.part],
         frame_digests=[frame_checksum(frame) for frame in frames],
     )
     header.MergeFrom(identity)

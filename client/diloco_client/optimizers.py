@@ -1,8 +1,10 @@
-"""Refuses optimizers that would undo a merge, or that train what this worker does not synchronise."""
+"""Finds the optimizers that really step; refuses those that would undo a merge, or that train what this worker does not
+synchronise."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -18,6 +20,21 @@ _MASTER_ATTRIBUTES = (
     "master_params",
     "master_param_groups",
 )
+
+_WRAPPERS = {
+    "accelerate.optimizer.AcceleratedOptimizer",
+    "lightning.pytorch.core.optimizer.LightningOptimizer",
+    "pytorch_lightning.core.optimizer.LightningOptimizer",
+}
+"""These pass as torch optimizers and have the one that steps as `optimizer`. They take no hooks, and call it only when
+an inner step is complete: after the last batch that it accumulates, and if no gradient has overflowed."""
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer within what accelerate or Lightning make of it; any other as it is."""
+    while any(f"{c.__module__}.{c.__qualname__}" in _WRAPPERS for c in type(optimizer).__mro__):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def check_optimizers(

@@ -29,18 +29,20 @@ class PulledItem:
     nbytes: int = 0
     """Bytes of the messages that brought it."""
 
-    def apply(self, theta: Floats) -> None:
-        """Bring a fragment's parameters, float32[length], to this item's version, in place.
+    def apply(self, theta: Floats, first_block: int = 0) -> None:
+        """Bring a fragment's parameters, or a part of them from block `first_block` on, float32[length], to this item's
+        version, in place.
 
-        Raises CorruptFrame unless the frames are whole and cover the fragment in order; theta is of no use then.
+        Raises CorruptFrame unless the frames are whole and cover theta in order; it is of no use then.
         """
         operation = decode if self.kind == pb.ITEM_SNAPSHOT else subtract
         end = 0
         for data in self.frames:
             frame = read_frame(data)
             stop = end + frame.num_blocks * BLOCK
-            if frame.first_block * BLOCK != end or stop > theta.size:
-                raise CorruptFrame(f"a frame begins at block {frame.first_block}, not at {end // BLOCK}")
+            wanted = first_block + end // BLOCK
+            if frame.first_block != wanted or stop > theta.size:
+                raise CorruptFrame(f"a frame begins at block {frame.first_block}, not at {wanted}")
             operation(frame.format, frame.scales, frame.codes, theta[end:stop])
             end = stop
         if end != theta.size:

@@ -29,6 +29,7 @@ schedule, and the result is the one without interruption, bit for bit; else it t
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -40,12 +41,13 @@ from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import CorruptFrame, Encoded, Format, digest, read_frame
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import StateMismatch
-from diloco_proto.manifest import Fragment, Role
+from diloco_proto.manifest import Role
 
 from .binding import Binding
 from .flights import Base, Flight
 from .link import Link, stem
 from .replica import Progress, Replica, Uncounted
+from .spans import Span
 from .stats import Spent
 
 log = logging.getLogger("diloco")
@@ -102,6 +104,11 @@ class Saved:
     fragments: tuple[SavedFragment, ...]
 
 
+def new_generation(saved: Saved | None) -> int:
+    """Of a process that begins now, and perhaps takes up a state: larger than those of all former ones."""
+    return max(time.time_ns(), saved.generation + 1 if saved is not None else 0)
+
+
 # -- taking a state --
 
 
@@ -127,8 +134,8 @@ def save(link: Link, replica: Replica, binding: Binding, spent: Spent) -> dict[s
             _STEP: uncounted.step,
             _TOKENS: uncounted.tokens,
             _ACCOUNTED: uncounted.accounted,
-            "flight": _flight_to_plain(flight, fragment, fmt, feedback),
-            **({"residual": _copy(uncounted.residual, fragment.length)} if feedback else {}),
+            "flight": _flight_to_plain(flight, binding.spans[fragment.index], fmt, feedback),
+            **({"residual": _copy(uncounted.residual, binding.spans[fragment.index])} if feedback else {}),
         }
     progress = asdict(replica.progress)
     progress["tokens"] = _NONE if progress["tokens"] is None else progress["tokens"]
@@ -144,15 +151,15 @@ def save(link: Link, replica: Replica, binding: Binding, spent: Spent) -> dict[s
     }
 
 
-def _copy(values: Floats | None, length: int) -> torch.Tensor:
-    return torch.zeros(length) if values is None else torch.from_numpy(values.copy())
+def _copy(values: Floats | None, span: Span) -> torch.Tensor:
+    return torch.zeros(span.length) if values is None else torch.from_numpy(values.copy())
 
 
-def _flight_to_plain(flight: Flight | None, fragment: Fragment, fmt: Format, feedback: bool) -> dict[str, Any]:
+def _flight_to_plain(flight: Flight | None, span: Span, fmt: Format, feedback: bool) -> dict[str, Any]:
     """Always with room for a whole contribution, so that a state can be loaded in place of another."""
     spec = fmt.spec
-    count = -(-fragment.num_blocks // spec.frame_blocks)
-    room = 32 * count + fragment.num_blocks * (spec.scale_bytes + spec.code_bytes)
+    count = -(-span.num_blocks // spec.frame_blocks)
+    room = 32 * count + span.num_blocks * (spec.scale_bytes + spec.code_bytes)
     frames = [] if flight is None else flight.frames
     sizes = torch.zeros(count, dtype=torch.int64)
     sizes[: len(frames)] = torch.tensor([len(f) for f in frames], dtype=torch.int64)
@@ -174,7 +181,7 @@ def _flight_to_plain(flight: Flight | None, fragment: Fragment, fmt: Format, fee
         "needs": flight.needs if flight else 0,
     }
     if feedback:
-        plain["next_residual"] = _copy(flight.next_residual if flight else None, fragment.length)
+        plain["next_residual"] = _copy(flight.next_residual if flight else None, span)
     return plain
 
 
@@ -184,6 +191,11 @@ def _flight_to_plain(flight: Flight | None, fragment: Fragment, fmt: Format, fee
 def read(state: Mapping[str, Any]) -> Saved:
     """Raises StateMismatch for what is no state of a worker, or a damaged one."""
     try:
+        if "rank0" in state:
+            raise StateMismatch(
+                "this state is of an island of several ranks, and this is a worker of one process: start as many ranks "
+                "as saved it, or join without it"
+            )
         if state["format"] != FORMAT:
             raise StateMismatch(
                 f"this state of a worker has format {state['format']}; this version of diloco reads {FORMAT}. Resume "
@@ -249,7 +261,7 @@ def _read_flight(index: int, base: Base, residual: Floats | None, plain: Mapping
         since_version=plain[_SINCE],
         feedback=feedback,
         residual=residual,
-        encoded=_whole(frames),
+        encoded=_whole(frames) if frames else None,
         next_residual=plain["next_residual"].numpy(force=True).copy() if feedback else None,
         frames=frames,
         restored=True,
@@ -276,14 +288,14 @@ def resume(saved: Saved, link: Link, replica: Replica, binding: Binding) -> None
     The model must hold the local values that go with the state, or have held them when it joined. Raises
     StateMismatch, and changes nothing, if the state is of another worker, run or model, or they are not there.
     """
-    _check(saved, link, replica)
+    _check(saved, link, replica, binding)
     courier = link.courier
     same_lineage = saved.run_id == link.run_id
     newest = [courier.newest(p) for p in range(len(saved.fragments))]
     kept = {
         p: entry
         for p, entry in enumerate(saved.fragments)
-        if same_lineage and entry.holds(newest[p], link.standings.get(p))
+        if same_lineage and not link.anywhere(not entry.holds(newest[p], link.standings.get(p)))
     }
     before = _local_values(kept, link, binding)
     moved_on = any(newest[p].version > e.base.version + (e.flight is not None) for p, e in enumerate(saved.fragments))
@@ -307,7 +319,7 @@ def account(link: Link, replica: Replica) -> None:
             replica.account(p, standing.staged_base)
 
 
-def _check(saved: Saved, link: Link, replica: Replica) -> None:
+def _check(saved: Saved, link: Link, replica: Replica, binding: Binding) -> None:
     if replica.taken:
         raise StateMismatch("load_state_dict after the first inner step: load the checkpoint before training goes on")
     if saved.worker_id != link.worker_id:
@@ -321,7 +333,8 @@ def _check(saved: Saved, link: Link, replica: Replica) -> None:
             f"this state is of run {saved.run_id}, and the server runs {link.run_id}: it was started anew. Leave the "
             "state out to join that run with its global parameters"
         )
-    if saved.layout != link.layout.fingerprint or len(saved.fragments) != link.layout.num_scheduled:
+    lengths = [span.length for span in binding.spans[: link.layout.num_scheduled]]
+    if saved.layout != link.layout.fingerprint or [e.base.theta.size for e in saved.fragments] != lengths:
         raise StateMismatch(
             "this state is of another model than the one that has joined: its fragments are cut differently. Build "
             "the model as it was when the state was saved, or leave the state out"
@@ -331,12 +344,12 @@ def _check(saved: Saved, link: Link, replica: Replica) -> None:
 def _local_values(kept: Mapping[int, SavedFragment], link: Link, binding: Binding) -> dict[int, Floats]:
     """The values to put back into the model, by fragment; none where it holds them already."""
     trained = {p: entry for p, entry in kept.items() if p < link.layout.num_trained}
-    now = {p for p, entry in trained.items() if digest(binding.capture(p).wait()) == entry.local}
+    now = {p for p, e in trained.items() if not link.anywhere(digest(binding.capture(p).wait()) != e.local)}
     if len(now) == len(trained):
         return {}
     for p, entry in trained.items():
         values = link.replaced.get(p)
-        if p not in now and (values is None or digest(values) != entry.local):
+        if p not in now and link.anywhere(values is None or digest(values) != entry.local):
             raise StateMismatch(
                 f"the model does not hold the parameters that it held when this state was saved (fragment {p} "
                 "differs). Load model and optimizer of the same checkpoint first, then join(..., state=...); or join, "

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PROTOCOL_VERSION
@@ -23,6 +24,19 @@ SILENT_BEATS = 3.0
 
 LEAST_SILENCE = 5.0
 """Seconds. With a shorter lease a busy machine would look like a broken link."""
+
+
+class Membership(Protocol):
+    """A worker's place in a run, as one of its processes has it."""
+
+    worker_id: str
+    generation: int
+    run_id: str
+
+    def start(self) -> None: ...
+    def stay(self) -> None: ...
+    def say(self, request: pb.SessionRequest) -> None: ...
+    def close(self, reason: str, timeout: float = 5.0) -> None: ...
 
 
 class Session:

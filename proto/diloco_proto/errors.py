@@ -13,6 +13,8 @@ DilocoError
 ├── UnsupportedModel       a model or optimizer that the hook cannot train rightly
 │   ├── MasterWeights      the optimizer keeps its own copy of the parameters
 │   └── NonFiniteParameter NaN, Inf or a value too large, in a named tensor
+├── UnclearIsland          a process group of several ranks, and nothing says whether they are one worker
+├── IslandBroken           another rank of this worker has died, or gone its own way
 ├── ManifestMismatch       the model differs from the one being trained
 ├── ProtocolMismatch       client and server speak different protocols
 ├── RunMismatch            the address now serves another run
@@ -103,6 +105,14 @@ class MasterWeights(UnsupportedModel):
 
 class NonFiniteParameter(UnsupportedModel):
     """A parameter holds NaN, Inf or a magnitude of 2^126 and more."""
+
+
+class UnclearIsland(DilocoError, ValueError):
+    """Several processes train together, and neither the model nor the caller says whether they are one worker."""
+
+
+class IslandBroken(DilocoError, ConnectionError):
+    """Another rank of this worker's island has died or gone its own way: this one cannot go on without it."""
 
 
 class ManifestMismatch(DilocoError, ValueError):

@@ -418,7 +418,7 @@ class Outcome(_message.Message):
     def __init__(self, kind: _Optional[_Union[OutcomeKind, str]] = ..., version: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("run_id", "fragment", "snapshot", "since_version", "skip_frames", "item_version", "stripes", "stripe", "kept")
+    __slots__ = ("run_id", "fragment", "snapshot", "since_version", "skip_frames", "item_version", "stripes", "stripe", "kept", "part")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
@@ -428,6 +428,7 @@ class PullRequest(_message.Message):
     STRIPES_FIELD_NUMBER: _ClassVar[int]
     STRIPE_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     fragment: int
     snapshot: bool
@@ -437,7 +438,8 @@ class PullRequest(_message.Message):
     stripes: int
     stripe: int
     kept: int
-    def __init__(self, run_id: _Optional[str] = ..., fragment: _Optional[int] = ..., snapshot: bool = ..., since_version: _Optional[int] = ..., skip_frames: _Optional[int] = ..., item_version: _Optional[int] = ..., stripes: _Optional[int] = ..., stripe: _Optional[int] = ..., kept: _Optional[int] = ...) -> None: ...
+    part: Part
+    def __init__(self, run_id: _Optional[str] = ..., fragment: _Optional[int] = ..., snapshot: bool = ..., since_version: _Optional[int] = ..., skip_frames: _Optional[int] = ..., item_version: _Optional[int] = ..., stripes: _Optional[int] = ..., stripe: _Optional[int] = ..., kept: _Optional[int] = ..., part: _Optional[_Union[Part, _Mapping]] = ...) -> None: ...
 
 class PullReply(_message.Message):
     __slots__ = ("item", "frame")

@@ -233,6 +233,9 @@ class ServerConfig:
     secure: bool = option(False, "TLS and tokens on loopback too; beyond loopback they are always on.")
     insecure: bool = option(False, "Listen beyond loopback without TLS and token. Anybody who reaches it can join.")
     advertise: str = option("", "HOST or HOST:PORT under which workers reach this server, for the join URL.")
+    join_url_file: Path | None = option(
+        None, "Write the join URL here as well: for workers that share this folder, and not the state directory."
+    )
     tls_cert: Path | None = option(None, "Your own certificate (PEM, with its chain); else the server makes one.")
     tls_key: Path | None = option(None, "Its key (PEM, without a password).")
     client_ca: Path | None = option(None, "mTLS: clients must show a certificate signed by one of these (PEM).")
@@ -259,8 +262,10 @@ class ServerConfig:
             raise ConfigError("rollback takes a version, 0 or more, of the run in the state directory; not with --new")
         if self.init is not None and not self.init.is_file():
             raise ConfigError(f"init is {self.init}, which is no file")
-        if self.port_file is not None and not self.port_file.parent.is_dir():
-            raise ConfigError(f"port_file is {self.port_file}, but {self.port_file.parent} is no directory")
+        for name in ("port_file", "join_url_file"):
+            path = getattr(self, name)
+            if path is not None and not path.parent.is_dir():
+                raise ConfigError(f"{name} is {path}, but {path.parent} is no directory")
 
     def _check_security(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):

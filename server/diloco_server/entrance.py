@@ -88,14 +88,15 @@ class Entrance:
 
     def write_urls(self) -> None:
         """Put them where workers and tools can take them from. Raises ConfigError."""
-        folder = self._config.state_dir
-        if folder is None:
-            return
+        folder, shared = self._config.state_dir, self._config.join_url_file
+        places = {} if folder is None else {folder / name: role for role, name in URL_FILES.items()}
+        if shared is not None:
+            places[shared] = Role.WORKER
         with self._lock:
-            for role, name in URL_FILES.items():
+            for path, role in places.items():
                 text = self.url(role).encode("utf-8") + b"\n"
-                if not _holds(folder / name, text):  # a full disk must not keep the server from starting again
-                    write_private(folder / name, text)
+                if not _holds(path, text):  # a full disk must not keep the server from starting again
+                    write_private(path, text)
 
     @property
     def url_file(self) -> Path | None:

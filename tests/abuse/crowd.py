@@ -44,7 +44,16 @@ def settings(sizes: Sequence[int], workers: int, **changes: object) -> list[str]
 class Crowd(ExitStack):
     """`count` workers that have joined. All of them contribute the same bytes, in each round anew."""
 
-    def __init__(self, address: str, sizes: Sequence[int], count: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        address: str,
+        sizes: Sequence[int],
+        count: int,
+        seed: int = 0,
+        part: int = 0,
+        seeded: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Of several crowds of one run `part` 0 brings the parameters; `seeded` returns once they are there."""
         super().__init__()
         dice = np.random.default_rng(seed)
         self._sizes = sizes
@@ -56,22 +65,26 @@ class Crowd(ExitStack):
         self.frames = [frames_of(dice.standard_normal(n, dtype=np.float32), Format.INT4) for n in sizes]
         self.encoded_bytes = sum(len(f) for frames in self.frames for f in frames)
         """Of what one worker contributes to all fragments."""
-        self.workers = [self.enter_context(RawWorker(address, f"worker-{i:03}")) for i in range(count)]
+        self.workers = [self.enter_context(RawWorker(address, f"worker-{part}-{i:03}")) for i in range(count)]
         self._threads = self.enter_context(ThreadPoolExecutor(count))
         self._ended = threading.Event()
-        self._join()
+        self._join(part == 0, seeded)
         beating = threading.Thread(target=self._beat)
         beating.start()
         self.callback(beating.join)
         self.callback(self._ended.set)
 
-    def _join(self) -> None:
+    def _join(self, seeds: bool, seeded: Callable[[], None]) -> None:
         first, *others = self.workers
         manifest = model_of(self._sizes)
-        first.join(manifest, SESSION_SECONDS)
-        first.expect("seed_wanted")
-        first.seed(np.zeros(n, np.float32) for n in self._sizes)
-        first.expect("seeded")
+        if seeds:
+            first.join(manifest, SESSION_SECONDS)
+            first.expect("seed_wanted")
+            first.seed(np.zeros(n, np.float32) for n in self._sizes)
+            first.expect("seeded")
+        else:
+            others = self.workers
+        seeded()
 
         def join(worker: RawWorker) -> None:
             worker.join(manifest, SESSION_SECONDS).expect("welcome")

@@ -245,7 +245,7 @@ def test_a_bad_value_is_named_by_its_tensor() -> None:
     with torch.no_grad():
         model.bias[2] = float("nan")
     with pytest.raises(NonFiniteParameter, match="'bias'"):
-        binding.seed_values(0)
+        binding.seed_values(0, binding.capture(0))
     assert "'weight'" in str(non_finite(binding.layout.fragments[0], 14))
 
 
@@ -294,7 +294,7 @@ def test_buffers_go_out_and_come_back_and_the_others_stay() -> None:
     values = flat(binding, fragment)
     np.testing.assert_array_equal(values[64:69], model.norm.running_mean)
     np.testing.assert_array_equal(values[128:133], model.norm.running_var)
-    np.testing.assert_array_equal(binding.seed_values(fragment), values)
+    np.testing.assert_array_equal(binding.seed_values(fragment, binding.capture(fragment)), values)
     theta = np.arange(192, dtype=np.float32) + 1 / 1024
     binding.adopt(fragment, theta)
     assert model.mean.tolist() == [1 / 1024, 1.0]  # bfloat16
@@ -385,4 +385,4 @@ def test_a_buffer_of_infinities_is_named_with_a_way_out() -> None:
     model.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
     binding = bind(model)
     with pytest.raises(NonFiniteParameter, match="buffer 'mask'.*persistent=False"):
-        binding.seed_values(1)
+        binding.seed_values(1, binding.capture(1))

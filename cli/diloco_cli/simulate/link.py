@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from diloco_client.flights import Arrival, Base, Flight, Flights
-from diloco_client.messages import contribution_header, seed_header
+from diloco_client.messages import contribution_header, seed_push
+from diloco_client.spans import Span
 from diloco_client.transport import RETRY_LATER, PulledItem
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PROTOCOL_VERSION
-from diloco_proto.codec import Encoded, Format, digest, pack_frames
+from diloco_proto.codec import Format, digest, pack_frames
 from diloco_proto.errors import DilocoError, RolledBack
 from diloco_proto.manifest import Layout, Pattern, Role, build_layout
 from diloco_proto.wire import manifest_to_pb
@@ -254,8 +255,7 @@ class VirtualLink:
     def _seed(self) -> None:
         for fragment in self.layout.fragments:
             theta = self.trainer.seed_values(fragment.index)
-            frames = pack_frames(Encoded(Format.FP32, theta.view("uint8")[:0], theta.view("uint8")))
-            self._upload((seed_header(self._identity(), fragment, frames), frames), lambda outcome: None)
+            self._upload(seed_push(self._identity(), Span.whole(fragment), theta), lambda outcome: None)
 
     def _fetch_snapshots(self) -> None:
         if not self.its_flights.bases:
@@ -310,7 +310,7 @@ class VirtualLink:
         delta = self.trainer.delta(fragment.index, flight.base.theta, flight.captured)
         encoded = flight.encode(fmt, delta)
         flight.frames = pack_frames(encoded)
-        flight.header = contribution_header(self._identity(), flight, fragment, fmt, flight.frames)
+        flight.header = contribution_header(self._identity(), flight, Span.whole(fragment), fmt, flight.frames)
         self.parcels[fragment.index] = parcels_of(flight.header, encoded, min(self._parts, fragment.num_blocks))
         self._watch.pushed(self, flight, [header for header, _ in self.parcels[fragment.index]])
         self._send_flight(flight)

@@ -1,0 +1,1 @@
+"""The cells of `benchmarks/wan.py`, and how one of them is measured."""

@@ -1,0 +1,1 @@
+"""The contestants of `benchmarks/round.py`."""
