@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -94,6 +95,16 @@ def _main(member: Member, answer: Connection, body: Callable[..., None], argumen
     except BaseException:
         answer.send(f"process {member.index}: {traceback.format_exc()}")
     os._exit(0)
+
+
+def end_with(parent: Connection) -> None:
+    """End this process when its parent, at the other end of the pipe, has ended, however that was."""
+
+    def watch() -> None:
+        parent.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def typical(seconds: list[float]) -> float:

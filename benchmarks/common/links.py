@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from .crew import end_with
+
 CHUNK = 128 << 10
 QUEUE = 0.05
 """Seconds: the buffer of a router that is not too large."""
@@ -150,6 +152,7 @@ class _Link:
 
 
 def _main(answer: Any, upstream_port: int, count: int, controls: Controls) -> None:
+    end_with(answer)
     try:
         import uvloop as loops
     except ImportError:

@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from .crew import end_with
+
 MESSAGE = 1 << 20
 SERVICE = "raw.Raw"
 
@@ -87,6 +89,7 @@ class RawClient:
 
 
 def _serve(listening: Any, pair: KeyPair | None) -> None:
+    end_with(listening)
     try:
         import uvloop as loops
     except ImportError:

@@ -24,6 +24,8 @@ from dockerfile_parse import DockerfileParser
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "docker"
 PORT = 50051
+OURS = ("PATH", "NUMBA_CACHE_DIR")
+"""Variables of the images that are not taken: programs and compiled kernels are those of this machine."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,7 @@ class Machine:
         self._port = port
 
     def volume(self, name: str) -> Path:
-        # Both packages are the same files here, so that one cache of kernels does for both.
-        path = self.folder / ("kernels" if name.endswith("kernels") else name)
+        path = self.folder / name
         path.mkdir(exist_ok=True, mode=0o700)
         return path
 
@@ -129,7 +130,7 @@ class Machine:
 
     def _environment(self, image: Image, env: Mapping[str, str], volumes: Mapping[str, str]) -> dict[str, str]:
         ours = {name: value for name, value in os.environ.items() if not name.startswith("DILOCO_")}
-        theirs = {name: self._here(value, volumes) for name, value in {**image.env, **env}.items() if name != "PATH"}
+        theirs = {name: self._here(value, volumes) for name, value in {**image.env, **env}.items() if name not in OURS}
         # A container has all ports to itself.
         return {**ours, **theirs, "DILOCO_PORT": str(self._port)}
 

@@ -18,7 +18,7 @@ from containers import Image, Machine, compose, kubernetes, mounts, seconds
 STEPS = 48
 H = 12
 START_SECONDS = 100.0
-"""For the first start: the kernels are compiled into an empty volume."""
+"""On a machine's first run the kernels are compiled."""
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,7 @@ class Server:
     def start(self, running: ExitStack) -> subprocess.Popen[str]:
         """Returns once it is healthy."""
         process = self._machine.start(self._image, [], self._env, self._volumes, self._log)
-        running.callback(process.wait)
-        running.callback(process.kill)
+        ends(process, running)
         deadline = time.monotonic() + START_SECONDS
         while self.check().returncode != 0:
             assert process.poll() is None, self._log.read_text()
@@ -68,6 +67,12 @@ class Server:
         return found
 
 
+def ends(process: subprocess.Popen[str], running: ExitStack) -> None:
+    """Whatever happens."""
+    running.callback(process.wait)
+    running.callback(process.kill)
+
+
 def stop(process: subprocess.Popen[str], grace: float) -> None:
     """As `docker stop` does, but that nothing is killed: it has to end in time and with 0."""
     process.terminate()
@@ -78,7 +83,7 @@ def digests(status: dict[str, Any]) -> list[tuple[int, str]]:
     return [(fragment["version"], fragment["digest"]) for fragment in status["fragments"]]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_compose(machine: Machine, running: ExitStack, tmp_path: Path) -> None:
     services = compose(STEPS=str(STEPS), DILOCO_SYNC_EVERY=str(H), DILOCO_UPLOAD_LIMIT="2000000")["services"]
     server, worker = services["server"], services["worker"]
@@ -94,10 +99,9 @@ def test_compose(machine: Machine, running: ExitStack, tmp_path: Path) -> None:
     logs = [tmp_path / f"worker-{number}" / "log" for number in range(2)]  # --scale worker=2
     workers = [machine.start(image, worker["command"], worker["environment"], mounts(worker), log) for log in logs]
     for each in workers:
-        running.callback(each.wait)
-        running.callback(each.kill)
+        ends(each, running)
     for each, log in zip(workers, logs, strict=True):
-        assert each.wait(150) == 0, log.read_text()
+        assert each.wait(240) == 0, log.read_text()
         assert "holds the global parameters" in log.read_text()
 
     trained = held.status()
@@ -113,7 +117,7 @@ def test_compose(machine: Machine, running: ExitStack, tmp_path: Path) -> None:
     stop(process, seconds(server["stop_grace_period"]))
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_compose_stops_a_worker(machine: Machine, running: ExitStack, tmp_path: Path) -> None:
     services = compose(STEPS="1000000", DILOCO_SYNC_EVERY=str(H))["services"]
     server, worker = services["server"], services["worker"]
@@ -121,15 +125,14 @@ def test_compose_stops_a_worker(machine: Machine, running: ExitStack, tmp_path: 
     held.start(running)
     log = tmp_path / "worker" / "log"
     process = machine.start(Image.of("worker"), worker["command"], worker["environment"], mounts(worker), log)
-    running.callback(process.wait)
-    running.callback(process.kill)
+    ends(process, running)
     wait_for(lambda: "step 0," in log.read_text() or process.poll() is not None)
     process.terminate()
     process.wait(seconds(worker["stop_grace_period"]))
     wait_for(lambda: all(w["state"] == "gone" for w in held.status()["workers"]))
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_kubernetes(machine: Machine, running: ExitStack, tmp_path: Path) -> None:
     pod = kubernetes()["StatefulSet"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]

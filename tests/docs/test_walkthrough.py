@@ -100,8 +100,11 @@ def test_from_a_clone_to_two_workers_in_five_commands(tmp_path: Path) -> None:
         c for c in commands_of(block.text, block.where)[1:] if c.program != "cd"
     ]
     assert (clone_it.words[:2], install.program) == (("git", "clone"), "pip")
-    [look, _] = commands_of(block_after(ROOT / "docs" / "getting-started.md", "## 3 Watching").text, "")
-    [export] = commands_of(block_after(ROOT / "docs" / "getting-started.md", "## 4 The parameters").text, "")
+    longer = ROOT / "docs" / "getting-started.md"
+    there = {c.words for b in blocks(longer) if b.language == "" for c in commands_of(b.text, b.where)}
+    assert {clone_it.words, install.words, server.words, workers[0].words} <= there
+    [look, _] = commands_of(block_after(longer, "## 3 Watching").text, "")
+    [export] = commands_of(block_after(longer, "## 4 The parameters").text, "")
     with ExitStack() as stack:
         reader = Reader(clone(tmp_path / "diloco"), stack)
         with reader.server(server) as banner:

@@ -87,7 +87,6 @@ def test_two_unmodified_workers_do_better_than_one_alone(start: Start, tmp_path:
     torch.save(checkpoint, tmp_path / "theta.pt")
     evaluated, lone = start(tmp_path, "--resume", "theta.pt", "--eval-only"), start(tmp_path, "--out", "alone")
     together, alone = loss_of(evaluated), loss_of(lone)
-    print(together, alone, local)
     assert together < alone - 0.02, (together, alone, local)
 
 

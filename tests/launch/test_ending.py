@@ -19,6 +19,8 @@ def told(error):
     thread.join()
     if "refuse" in sys.argv:
         raise SystemExit("refused")
+    if "fail" in sys.argv:
+        raise OSError("no space left")
 
 def train():
     call_at_end(told)
@@ -74,3 +76,10 @@ def test_what_fails_at_the_end_is_the_exit_code(kind: str, tmp_path: Path) -> No
     assert done.returncode == 1
     assert done.stderr == "refused\n"
     assert done.stdout.splitlines() == ["ended None", *(["its own"] if kind != "fork" else [])]
+
+
+@pytest.mark.parametrize("ending", ["pass", "sys.exit(0)"])
+def test_what_breaks_at_the_end_is_shown(ending: str, tmp_path: Path) -> None:
+    done = end(tmp_path, ending, "here", "fail")
+    assert done.returncode == 1
+    assert "OSError: no space left" in done.stderr

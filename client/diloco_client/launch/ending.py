@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing import util
 from types import CodeType, FrameType
@@ -95,6 +96,9 @@ else:
                 on_end(getattr(sys, "last_value", None) or (exits[-1] if exits else None))
             except SystemExit as error:
                 leave(error)
+            except BaseException:
+                traceback.print_exc()
+                leave(SystemExit(1))
 
         sys.exit = remember
         threading._register_atexit(at_exit)  # type: ignore[attr-defined]

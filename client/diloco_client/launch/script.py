@@ -204,7 +204,7 @@ class Script:
                 return
             try:
                 self._leave(self._outer)
-            except DilocoError as failed:
+            except (DilocoError, OSError) as failed:
                 self._fail(failed)
 
     def _leave(self, outer: Outer) -> None:
