@@ -15,17 +15,19 @@ from typing import Any
 import pytest
 from containers import Image, Machine, compose, kubernetes, mounts, seconds
 
-STEPS = 48
-H = 12
+STEPS = 24
+H = 8
 START_SECONDS = 100.0
 """On a machine's first run the kernels are compiled."""
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    folder = tmp_path / "volumes"
+    folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return Machine(tmp_path_factory.mktemp("volumes"), int(probe.getsockname()[1]))
+        return Machine(folder, int(probe.getsockname()[1]))
 
 
 @pytest.fixture
@@ -85,7 +87,8 @@ def digests(status: dict[str, Any]) -> list[tuple[int, str]]:
 
 @pytest.mark.timeout(500)
 def test_compose(machine: Machine, running: ExitStack, tmp_path: Path) -> None:
-    services = compose(STEPS=str(STEPS), DILOCO_SYNC_EVERY=str(H), DILOCO_UPLOAD_LIMIT="2000000")["services"]
+    chosen = {"STEPS": str(STEPS), "DILOCO_SYNC_EVERY": str(H), "DILOCO_MIN_WORKERS": "2"}
+    services = compose(**chosen, DILOCO_UPLOAD_LIMIT="2000000")["services"]
     server, worker = services["server"], services["worker"]
     held = Server(machine, server["environment"], mounts(server), Image.of("server").health, tmp_path / "server.log")
     assert held.check().returncode != 0
@@ -108,6 +111,11 @@ def test_compose(machine: Machine, running: ExitStack, tmp_path: Path) -> None:
     assert len(trained["workers"]) == 2
     assert {w["shard"] for w in trained["workers"]} == {0, 1}
     assert min(version for version, _ in digests(trained)) >= STEPS // H - 1
+
+    with (machine.volume("state") / "tokens" / "worker").open("a") as tokens:
+        tokens.write("x" * 32 + "\n")
+    held.status()
+    assert f"//{'x' * 32}@" in (join / "join-url").read_text(), "the next token is handed out by itself"
 
     stop(process, seconds(server["stop_grace_period"]))
     assert held.check().returncode != 0

@@ -90,7 +90,14 @@ def commands_of(text: str, where: str) -> list[Command]:
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
         lexer.whitespace_split = True
         simple: list[str] = []
+        to_file = False
         for word in [*lexer, ";"]:
+            if word in (">", ">>", "<"):
+                to_file = True
+                continue
+            if to_file:
+                to_file = False
+                continue
             if word not in OPERATORS:
                 simple.append(word)
                 continue

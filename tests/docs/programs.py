@@ -19,8 +19,8 @@ from diloco_cli.simulate.__main__ import main as simulate
 from diloco_server import RunConfig, ServerConfig
 
 FOREIGN = {
-    *("accelerate", "apt-get", "cat", "cd", "cp", "docker", "export", "git", "journalctl", "kill", "mkdir", "mv", "nc"),
-    *("openssl", "scp", "sleep", "ss", "ssh", "systemctl", "tmux", "ufw", "useradd"),
+    *("accelerate", "apt-get", "cat", "cd", "chmod", "cp", "docker", "export", "git", "journalctl", "kill", "kubectl"),
+    *("mkdir", "mv", "nc", "openssl", "scp", "sleep", "ss", "ssh", "systemctl", "tmux", "ufw", "useradd"),
 }
 """Programs whose arguments are not ours to check."""
 

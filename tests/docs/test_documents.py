@@ -23,9 +23,10 @@ OUR_PROGRAM = re.compile(
 EVERY = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 OTHERS_OPTIONS = {
-    *("--build", "--max-restarts", "--nproc-per-node", "--scale", "--stop-timeout", "--system-site-packages"),
+    *("--build", "--build-arg", "--dry-run", "--health-cmd", "--max-restarts", "--nproc-per-node", "--pull", "--scale"),
+    *("--stop-timeout", "--system-site-packages", "--user", "--volumes"),
 }
-"""Of docker, torchrun and venv."""
+"""Of docker, kubectl, torchrun and venv."""
 
 
 def is_shell(block: Block) -> bool:

@@ -13,7 +13,7 @@ SETTINGS = {"OMP_NUM_THREADS": "1", "DILOCO_URL": "", "DILOCO_URL_FILE": ""}
 """Workers run side by side on few cores: intra-op threads would only fight."""
 
 
-def outputs_of_two(example: str, folder: Path, *arguments: str, timeout: float = 100.0) -> list[str]:
+def outputs_of_two(example: str, folder: Path, *arguments: str, timeout: float = 280.0) -> list[str]:
     """What workers `a` and `b` print, run side by side in `folder`. Both must end well."""
     environment = os.environ | SETTINGS
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from pair import outputs_of_two
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ import diloco_client
 from diloco_server import RunConfig, serve
 
 
+@pytest.mark.timeout(300)
 def test_two_workers_learn_and_end_on_the_same_parameters(tmp_path: Path) -> None:
     with serve(RunConfig(sync_every=8, num_fragments=4, min_workers=2, outer_lr=0.6)) as server:
         outputs = outputs_of_two("plain.py", tmp_path, "--server", server.address, "--steps", "21")

@@ -146,6 +146,8 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         ServerConfig(init=tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"^port_file is .*nowhere"):
         ServerConfig(port_file=tmp_path / "nowhere" / "port")
+    with pytest.raises(ConfigError, match=r"^join_url_file is .*nowhere"):
+        ServerConfig(join_url_file=tmp_path / "nowhere" / "join-url")
 
 
 # -- flags --

@@ -85,7 +85,7 @@ class DilocoCallback(Asked, TrainerCallback):
             )
         found = resume_from_checkpoint
         if found is True:
-            found = get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
+            found = get_last_checkpoint(trainer.args.output_dir)
         self._checkpoint = Path(found) if found else None
         try:
             return self._inner_train(resume_from_checkpoint, *args, **kwargs)
