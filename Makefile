@@ -6,6 +6,10 @@ OLDEST_PYTHON ?= python3.11
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Bytecode is kept of what is imported, whatever the environment says: else each of the suite's processes compiles its own,
+# and pip would compile thousands of files that nobody imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test test-oldest lint format stubs bench clean
 
 install: $(STAMP)

@@ -312,17 +312,35 @@ class Outer:
 
     def _leave_on_notice(self, left: float) -> None:
         """SIGTERM: push what can be pushed, wait until the server has it, leave, and end as SIGTERM would have."""
-        staged, limit = False, NOTICE_SHARE * left
+        pushed = False
         try:
-            self._joined.push_remainders()
-            staged = self._courier.wait_until(self._courier.staged, limit, limit)
+            pushed = self._push_all((1.0 - NOTICE_SHARE) * left)
         except DilocoError as error:
             log.warning("SIGTERM: %s", error)
-        what = "the server has all of its work" if staged else "not all of its work has reached the server"
+        what = "the server has all of its work" if pushed else "not all of its work has reached the server"
         log.warning("SIGTERM: worker %s leaves the run; %s", self.worker_id, what)
         self._close("SIGTERM")
         if self._tally.notice is not None:
             self._tally.notice.pass_on()
+
+    def _push_all(self, spare: float) -> bool:
+        """Push all work there is, also what has to wait for the fate of a contribution under way. False if there are
+        but `spare` seconds left of the notice before the server has it."""
+        replica, courier = self._joined, self._courier
+
+        def wait(condition: Callable[[], bool]) -> bool:
+            left = (self._link.notice_left or 0.0) - spare
+            return courier.wait_until(condition, left, left)
+
+        replica.push_remainders()
+        while wait(courier.staged):
+            if replica.all_pushed:
+                return True
+            if not wait(courier.anything_ready):
+                break
+            replica.merge(early=True)
+            replica.push_remainders()
+        return False
 
     def _must_be_its_process(self) -> None:
         if os.getpid() != self._pid:

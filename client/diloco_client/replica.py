@@ -235,6 +235,15 @@ class Replica:
             if self.taken > self._uncounted[fragment].step and self._carrier.flight(fragment) is None:
                 self._push(fragment, NEVER)
 
+    @property
+    def all_pushed(self) -> bool:
+        """Every inner step of every fragment is counted or under way; what the run has refused is neither."""
+        flights = [self._carrier.flight(p) for p in range(self._count)]
+        return all(
+            self.taken <= (uncounted.step if flight is None or flight.counted is False else flight.step)
+            for uncounted, flight in zip(self._uncounted, flights, strict=True)
+        )
+
     def adopt_all(self) -> None:
         """local ← θ: everything is settled."""
         for fragment, base in enumerate(self._carrier.bases):

@@ -57,6 +57,27 @@ def test_on_sigterm_a_worker_pushes_and_leaves_and_passes_it_on(received: list[i
         assert worker.outer.should_stop
 
 
+def test_work_of_after_a_push_waits_for_its_fate_and_goes_after_it(received: list[int]) -> None:
+    whole = PLAIN | {"num_fragments": 1, "overlap_steps": 3}  # pushed at step 3, merged at step 6
+    with serve(RunConfig(**whole, min_workers=2, grace_seconds="inf")) as server:
+        other: list[Worker] = []
+        joining = threading.Thread(target=lambda: other.append(Worker(server.address, "o")))
+        joining.start()
+        worker = Noticed(server.address, 60)
+        joining.join()
+        worker.step(4)
+        assert worker.outer._courier.wait_until(worker.outer._courier.staged, 30, 30)
+        closing = threading.Timer(0.5, other[0].step, [3])
+        closing.start()
+        signal.raise_signal(signal.SIGTERM)
+        worker.step(1)
+        assert received == [signal.SIGTERM]
+        assert counted_steps(server.address) == [3]
+        closing.join()
+        other[0].outer.flush()
+        assert counted_steps(server.address) == [5]
+
+
 def test_sigterm_ends_a_wait_for_others_and_a_flush(received: list[int], together) -> None:
     config = RunConfig(**PLAIN | {"overlap_steps": 0}, min_workers=2, grace_seconds="inf")
     with serve(config) as server:
