@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, kernels
+from diloco_proto.codec.digest import sum_blocks
 from diloco_proto.codec.formats import Floats
 from diloco_proto.codec.native import Kernel
 from diloco_proto.codec.plain import delayed_push, delayed_step, nesterov, sgd
@@ -109,6 +110,8 @@ class FragmentState:
     """Contributions since the last momentum step."""
     window: int = 1
     """N of the current window; of no meaning while `buffered` is 0."""
+    digest: int = field(default=0, init=False)
+    """Of theta, since the last `commit`."""
     bounds: Bounds | None = field(default=None, init=False, repr=False)
     """Kept up to date by `commit`. Set to None after writing larger values to the arrays by other means."""
 
@@ -147,6 +150,8 @@ def commit(
 ) -> Encoded:
     """One outer step on the weighted mean of the contributions; returns the update, already subtracted from theta.
 
+    The new theta's digest is in the state.
+
     Contributions cover the fragment, are legal (`codec.validate`, as every frame read is) and may be in
     different formats. Their order matters to the last bit: the caller sorts them. Weights are >= 0 and not all
     zero. `scales` (default all 1) shrink single contributions and leave the others' shares as they are. With
@@ -177,14 +182,15 @@ def commit(
     if not certain:
         for start in starts:
             step.rehearse(start)
-    _spread(step.run, starts, threads)
+    spread(step.run, starts, threads)
+    state.digest = step.digest
     state.bounds = bounds if certain else None
     if delayed:
         state.window, state.buffered = window, 0 if last else state.buffered + 1
     return step.update
 
 
-def _spread(work: Callable[[int], None], starts: Sequence[int], threads: Executor | None) -> None:
+def spread(work: Callable[[int], None], starts: Sequence[int], threads: Executor | None) -> None:
     """Call work(start) for each start, here and on threads that are free. It cannot wait for one that is not."""
     todo = deque(starts)
 
@@ -219,7 +225,8 @@ def coefficients(
 def warm_up(formats: Iterable[Format]) -> None:
     """Compile, or load from numba's cache, what commits with these formats need."""
     kernels.warm_up(formats)
-    assert commit_blocks.address
+    for needed in (commit_blocks, sgd, nesterov, delayed_push, delayed_step):
+        assert needed.address
 
 
 class _Step:
@@ -252,17 +259,23 @@ class _Step:
         self._optimizer = _optimizer(state, last)
         self._coefficients = np.array(shares, np.float32)
         self._sources = np.array([source(c) for c in contributions], np.int64)
+        self._digests = np.zeros(-(-self.num_blocks // TASK), np.uint64)
         self._alive = contributions  # the addresses in _sources point into their arrays
 
     def run(self, start: int) -> None:
         """Commit up to TASK blocks from block `start` on."""
-        bad = self._run(start, self._part(start), np.empty(STEP * BLOCK, np.float32))
+        bad = self._run(start, self._part(start), np.empty(STEP * BLOCK, np.float32), self._digests[start // TASK :])
         assert bad < 0
+
+    @property
+    def digest(self) -> int:
+        """Of theta, once all has been run."""
+        return int(self._digests.sum())
 
     def rehearse(self, start: int) -> None:
         """Commit the same blocks on copies. Raises UnencodableValue if a value comes out too large."""
         part, scratch = self._part(start).copy(), np.empty(STEP * BLOCK, np.float32)
-        bad = self._run(start, part, scratch)
+        bad = self._run(start, part, scratch, np.zeros(1, np.uint64))
         if bad >= 0:  # scratch holds the u of the step in which it stopped
             offset = bad % STEP * BLOCK
             index = bad * BLOCK + _first_over(scratch[offset : offset + BLOCK])
@@ -274,7 +287,7 @@ class _Step:
     def _part(self, start: int) -> FragmentState:
         return self._state.part(slice(start * BLOCK, (start + TASK) * BLOCK))
 
-    def _run(self, start: int, part: FragmentState, scratch: Floats) -> int:
+    def _run(self, start: int, part: FragmentState, scratch: Floats, digest: NDArray[np.uint64]) -> int:
         fmt = self._settings.downlink
         spec, loops = fmt.spec, kernels.loops_of(fmt)
         bad = commit_blocks(
@@ -298,6 +311,8 @@ class _Step:
             self._settings.momentum,
             self._settings.lr,
             scratch.ctypes.data,
+            sum_blocks.address,
+            digest.ctypes.data,
         )
         return int(bad)
 

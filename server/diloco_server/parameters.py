@@ -16,7 +16,7 @@ from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
 from diloco_proto.manifest import Fragment, Layout, Role
 from diloco_proto.wire import codec_to_pb
 
-from .outer import DELAYED, FragmentState, OuterSettings, commit
+from .outer import DELAYED, FragmentState, OuterSettings, commit, spread
 
 KEPT_UPDATES = 2
 """Published updates of a fragment that are kept in memory whatever their size; who is further behind than the
@@ -188,19 +188,18 @@ class Parameters:
         counted = True
         try:
             update = commit(target.state, payloads, weights, target.settings, threads, scales=scales, delay=delay)
+            value = target.state.digest
         except UnencodableValue:
             counted = False
-            update = _zero_update(target.fragment, target.settings.downlink)
-        frames = pack_frames(update)
-        value = digest(target.state.theta)
+            update, value = _zero_update(target.fragment, target.settings.downlink), target.digest
+        messages = _serialized(update, threads)
         item = pb.Item(
             kind=pb.ITEM_UPDATE,
             version=target.version + 1,
             codec=codec_to_pb(update.format),
-            frames=len(frames),
+            frames=len(messages),
             digest=value,
         )
-        messages = tuple(pb.PullReply(frame=frame).SerializeToString() for frame in frames)
         return Update(target.version + 1, value, messages, item), counted
 
     def publish(self, fragment: int, update: Update) -> None:
@@ -287,6 +286,20 @@ def snapshot_item(snapshot: Snapshot, first: int, stop: int | None = None) -> pb
         frames=max(0, (snapshot.num_frames if stop is None else stop) - first),
         digest=snapshot.digest,
     )
+
+
+def _serialized(update: Encoded, threads: Executor | None) -> tuple[bytes, ...]:
+    """Serialized PullReply of each frame of an update; idle threads help."""
+    step = update.format.spec.frame_blocks
+    messages = [b""] * -(-update.num_blocks // step)
+
+    def serialize(number: int) -> None:
+        first = number * step
+        (frame,) = pack_frames(update.part(first, first + step), first)
+        messages[number] = pb.PullReply(frame=frame).SerializeToString()
+
+    spread(serialize, range(len(messages)), threads)
+    return tuple(messages)
 
 
 def _empty_state(fragment: Fragment, settings: OuterSettings) -> FragmentState:

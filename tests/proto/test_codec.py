@@ -294,6 +294,21 @@ def test_validate_refuses_codes(fmt: Format, bad: bytes | None, good: bytes) -> 
                 validate(fmt, encoded.scales, encoded.codes)
 
 
+@pytest.mark.parametrize("fmt", [Format.INT4, Format.INT3], ids=lambda f: f.label)
+def test_validate_looks_at_every_nibble(fmt: Format) -> None:
+    scales, codes = np.full(2, 127, np.uint8), np.zeros(64, np.uint8)
+    for at in range(codes.size):
+        for byte in range(256):
+            codes[at] = byte
+            nibbles = (byte & 15, byte >> 4)
+            if all((n ^ 8) - 8 in range(-fmt.spec.q_max, fmt.spec.q_max + 1) for n in nibbles):
+                validate(fmt, scales, codes)
+            else:
+                with pytest.raises(CorruptFrame):
+                    validate(fmt, scales, codes)
+        codes[at] = 0x11 * (at % fmt.spec.q_max)
+
+
 @given(x=vectors())
 def test_flush(x: Floats) -> None:
     expected = reference.flush(x)

@@ -20,8 +20,10 @@ from diloco_proto.codec import (
     contribution_digest,
     encode_fragment,
     frame_checksum,
+    is_intact,
     pack_frames,
     read_frame,
+    worth_level,
 )
 from diloco_proto.codec.frames import HEADER_BYTES
 
@@ -94,6 +96,42 @@ def test_sections_are_compressed_apart_and_only_where_smaller() -> None:
     (data,) = pack_frames(encoded)
     assert data[5] == 2
     assert np.array_equal(read_frame(data).scales, encoded.scales)
+
+
+@pytest.mark.parametrize(("fmt", "width"), [(Format.FP32, 4), (Format.BF16, 2)], ids=["fp32", "bf16"])
+def test_floats_are_compressed_in_planes(fmt: Format, width: int) -> None:
+    encoded = gaussian(fmt, 4096)
+    (data,) = pack_frames(encoded)
+    assert data[5] == 2
+    planes = np.frombuffer(zstandard.decompress(data[HEADER_BYTES:]), np.uint8).reshape(width, -1)
+    for significance in range(width):
+        assert np.array_equal(planes[significance], encoded.codes[significance::width])
+    assert np.array_equal(read_frame(data).codes, encoded.codes)
+    apart = sum(_entropy(plane) for plane in planes)
+    assert 8 * len(data) / (4096 * 64) < 1.03 * apart
+
+
+def _entropy(symbols: np.ndarray) -> float:
+    counts = np.bincount(symbols)
+    shares = counts[counts > 0] / symbols.size
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def test_an_intact_frame_is_not_summed_again() -> None:
+    (data,) = pack_frames(gaussian(Format.INT4, 4), level=None)
+    broken = bytearray(data)
+    broken[-1] ^= 0x10
+    assert not is_intact(broken)
+    with pytest.raises(CorruptFrame, match="checksum"):
+        read_frame(broken)
+    assert read_frame(broken, intact=True).codes[-1] != read_frame(data).codes[-1]
+    assert read_frame(data, intact=True).checksum == read_frame(data).checksum
+
+
+@FORMATS
+def test_fast_links_get_no_compression(fmt: Format) -> None:
+    assert worth_level(fmt, None) == worth_level(fmt, 1e6) == 1
+    assert worth_level(fmt, 1e9) is None
 
 
 def test_what_was_not_compressed_is_not_copied() -> None:

@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import pytest
 
-from diloco_proto.codec import Format, digest, kernels, minifloat, plain, twobit, uniform, warm_up
+from diloco_proto.codec import Format, digest, kernels, minifloat, passes, plain, twobit, uniform, warm_up
 from diloco_proto.codec.native import FLOAT32, Kernel, kernel
 
 # x86: vfmadd213ps and its kin; aarch64: fmla, fmls, fmadd, fnmsub
@@ -17,7 +17,7 @@ CONTRACTED = re.compile(r"\bv?fn?m(add|sub|la|ls)\w*")
 
 KERNELS = [
     value
-    for module in (uniform, minifloat, twobit, plain, digest)
+    for module in (uniform, minifloat, twobit, plain, passes, digest)
     for value in vars(module).values()
     if isinstance(value, Kernel)
 ]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
-from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, encode_fragment, reference
+from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, encode_fragment, reference
 from diloco_proto.codec.formats import Floats
 from diloco_server import outer
 from diloco_server.config import DOWNLINK
@@ -114,6 +114,7 @@ def test_equals_the_oracle_bit_for_bit(uplink: Format, downlink: Format, optimiz
         expected = by_the_oracle(oracle, contributions, weights, chosen, scales=scales, delay=2)
         assert (update.scales.tobytes(), update.codes.tobytes()) == expected
         assert contents(state) == contents(oracle)
+        assert state.digest == digest(oracle.theta)
 
 
 @pytest.mark.parametrize("optimizer", MEANS)

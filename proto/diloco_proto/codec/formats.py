@@ -121,3 +121,9 @@ class Encoded:
     def nbytes(self) -> int:
         """Bytes of scales and codes together."""
         return self.scales.size + self.codes.size
+
+    def part(self, first: int, stop: int) -> Encoded:
+        """Blocks `first` up to `stop`, or to the end, as views."""
+        spec = self.format.spec
+        scales = self.scales[first * spec.scale_bytes : stop * spec.scale_bytes]
+        return Encoded(self.format, scales, self.codes[first * spec.code_bytes : stop * spec.code_bytes])

@@ -16,7 +16,9 @@ and the body: the scales, then the codes. The decoded size of each follows from 
 blocks. A section is stored as a zstd frame (RFC 8878) only where that is smaller; such a frame states its
 content size and needs no dictionary, and both that and the size are checked before anything is decompressed.
 
-Scales and codes are compressed apart because their statistics differ: one Huffman table each.
+What differs in its statistics is compressed apart, with a Huffman table each: scales and codes; and of fp32 and bf16
+the bytes of the values by their significance. There a compressed section of codes holds the lowest bytes of all values,
+then their second bytes, and so on.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import xxhash
 import zstandard
 
 from diloco_proto.codec.errors import CorruptFrame
-from diloco_proto.codec.formats import Bytes, Encoded, Format
+from diloco_proto.codec.formats import BLOCK, Bytes, Encoded, Format
 from diloco_proto.codec.kernels import validate
 
 MAGIC: Final = b"DLF1"
@@ -42,6 +44,23 @@ _SUM: Final = struct.Struct("<Q")
 _SCALES_ZSTD: Final = 1
 _CODES_ZSTD: Final = 2
 _U32: Final = 1 << 32
+
+LEVEL: Final = 1
+"""zstd's. Level 3 saves another 1 % of the least compressible formats, nothing of the others, and takes longer."""
+
+_WORTH: Final = {
+    Format.FP32: 50e6,
+    Format.BF16: 110e6,
+    Format.INT8: 40e6,
+    Format.INT4: 100e6,
+    Format.INT3: 200e6,
+    Format.E3M0: 40e6,
+    Format.MXFP4: 30e6,
+    Format.INT2: 45e6,
+    Format.TERNARY: 80e6,
+}
+"""Bytes a second of a link at which one core compresses and decompresses in the time that the saved bytes would take.
+Measured by benchmarks/wire.py; processors differ by a factor of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +83,15 @@ class Frame:
         return Encoded(self.format, self.scales, self.codes)
 
 
-def pack_frames(encoded: Encoded, first_block: int = 0, level: int | None = 1) -> list[bytes]:
+def worth_level(fmt: Format, bytes_per_second: float | None) -> int | None:
+    """The `level` for `pack_frames` on a link of this rate: None where compression takes longer than it saves.
+
+    An unknown rate is taken for a slow one.
+    """
+    return LEVEL if bytes_per_second is None or bytes_per_second < _WORTH[fmt] else None
+
+
+def pack_frames(encoded: Encoded, first_block: int = 0, level: int | None = LEVEL) -> list[bytes]:
     """The frames of `encoded`, whose first block is block `first_block` of its fragment.
 
     Frame i begins at block first_block + i * frame_blocks; only the last may be shorter. `level` is zstd's;
@@ -74,17 +101,15 @@ def pack_frames(encoded: Encoded, first_block: int = 0, level: int | None = 1) -
     assert first_block >= 0
     assert first_block + encoded.num_blocks <= _U32
     compressor = None if level is None else _compressor(level)
-    frames = []
-    for start in range(0, encoded.num_blocks, spec.frame_blocks):
-        stop = min(start + spec.frame_blocks, encoded.num_blocks)
-        scales = encoded.scales[start * spec.scale_bytes : stop * spec.scale_bytes]
-        codes = encoded.codes[start * spec.code_bytes : stop * spec.code_bytes]
-        frames.append(_pack(encoded.format, first_block + start, stop - start, scales, codes, compressor))
-    return frames
+    return [
+        _pack(encoded.part(start, start + spec.frame_blocks), first_block + start, compressor)
+        for start in range(0, encoded.num_blocks, spec.frame_blocks)
+    ]
 
 
-def read_frame(data: bytes | bytearray | memoryview) -> Frame:
-    """The frame in `data`, all of it checked: lengths, checksum, compression, legal scales and codes.
+def read_frame(data: bytes | bytearray | memoryview, *, intact: bool = False) -> Frame:
+    """The frame in `data`, all of it checked: lengths, checksum, compression, legal scales and codes. The checksum is
+    taken for right if the caller has found it so (`is_intact`).
 
     Raises CorruptFrame, saying what was wrong.
     """
@@ -92,12 +117,14 @@ def read_frame(data: bytes | bytearray | memoryview) -> Frame:
     fmt, flags, first_block, num_blocks, scale_bytes, code_bytes = _read_header(view)
     if len(view) != HEADER_BYTES + scale_bytes + code_bytes:
         raise CorruptFrame(f"frame has {len(view)} bytes, its header says {HEADER_BYTES + scale_bytes + code_bytes}")
-    checksum = _checksum(view[: _HEAD.size], view[HEADER_BYTES:])
-    if checksum != _SUM.unpack_from(view, _HEAD.size)[0]:
+    checksum = frame_checksum(view)
+    if not intact and checksum != _checksum(view[: _HEAD.size], view[HEADER_BYTES:]):
         raise CorruptFrame("frame checksum does not match its bytes")
     split = HEADER_BYTES + scale_bytes
     scales = _section("scales", view[HEADER_BYTES:split], bool(flags & _SCALES_ZSTD), num_blocks * fmt.spec.scale_bytes)
     codes = _section("codes", view[split:], bool(flags & _CODES_ZSTD), num_blocks * fmt.spec.code_bytes)
+    if flags & _CODES_ZSTD and not fmt.spec.scale_bytes:
+        codes = _from_planes(codes, fmt.spec.code_bytes // BLOCK)
     validate(fmt, scales, codes)
     return Frame(fmt, first_block, num_blocks, scales, codes, checksum)
 
@@ -144,24 +171,37 @@ def _parameters(level: int) -> zstandard.ZstdCompressionParameters:
     return zstandard.ZstdCompressionParameters.from_level(level, min_match=7, hash_log=6)
 
 
-def _pack(
-    fmt: Format,
-    first_block: int,
-    num_blocks: int,
-    scales: Bytes,
-    codes: Bytes,
-    compressor: zstandard.ZstdCompressor | None,
-) -> bytes:
-    flags = 0
-    sections = [scales.data, codes.data]
+def _pack(encoded: Encoded, first_block: int, compressor: zstandard.ZstdCompressor | None) -> bytes:
+    fmt, flags = encoded.format, 0
+    sections = [encoded.scales.data, encoded.codes.data]
     if compressor is not None:
+        loose = list(sections)
+        if not fmt.spec.scale_bytes:
+            loose[1] = _to_planes(encoded.codes, fmt.spec.code_bytes // BLOCK).data
         for i, bit in enumerate((_SCALES_ZSTD, _CODES_ZSTD)):
-            squeezed = compressor.compress(sections[i])
+            squeezed = compressor.compress(loose[i])
             if len(squeezed) < len(sections[i]):
                 sections[i] = memoryview(squeezed)
                 flags |= bit
-    head = _HEAD.pack(MAGIC, fmt, flags, 0, first_block, num_blocks, len(sections[0]), len(sections[1]))
+    sizes = len(sections[0]), len(sections[1])
+    head = _HEAD.pack(MAGIC, fmt, flags, 0, first_block, encoded.num_blocks, *sizes)
     return b"".join((head, _SUM.pack(_checksum(head, *sections)), *sections))
+
+
+def _to_planes(codes: Bytes, width: int) -> Bytes:
+    """The lowest bytes of all values of `width` bytes, then their second bytes, and so on."""
+    values = codes.view(f"<u{width}")
+    planes = np.empty((width, values.size), np.uint8)
+    for i in range(width):
+        planes[i] = values >> 8 * i
+    return planes.ravel()
+
+
+def _from_planes(planes: Bytes, width: int) -> Bytes:
+    codes = np.empty((planes.size // width, width), np.uint8)
+    for i, plane in enumerate(planes.reshape(width, -1)):
+        codes[:, i] = plane
+    return codes.ravel()
 
 
 def _checksum(*pieces: bytes | memoryview) -> int:

@@ -11,9 +11,7 @@ The loops are C functions of addresses in `uniform`, `minifloat`, `twobit` and `
 
 - encode(x, scales, codes, blocks, tie, shift) returns the first block with a refused value, or -1. The blocks
   before it have been encoded.
-- accumulate(scales, codes, blocks, weight, keep, acc, ahead): acc = (bits of acc & keep) + weight*decoded, with
-  keep = -1 to add to what is there, 0 to overwrite it. `ahead` is float32[64*blocks] that will be used next: it
-  is prefetched meanwhile, since decoding alone leaves the memory idle.
+- accumulate(scales, codes, blocks, weight, acc): acc += weight*decoded.
 - feedback(u, scales, codes, residual, theta, blocks, tie, shift) encodes u, and then residual = u - decoded,
   theta -= decoded. Returns as encode does.
 """
@@ -32,11 +30,7 @@ from diloco_proto.codec.digest import sum_blocks
 from diloco_proto.codec.errors import CorruptFrame, UnencodableValue
 from diloco_proto.codec.formats import BLOCK, Bytes, Encoded, Floats, Format
 from diloco_proto.codec.native import Kernel
-
-ADD: Final = -1
-OVERWRITE: Final = 0
-_STRIDE: Final = 1 << 16
-"""Values decoded at a time where they are only looked at: 256 KiB of float32, which stays in cache."""
+from diloco_proto.codec.passes import STEP, accumulate_into_blocks, encode_difference_blocks, sum_squares
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +73,79 @@ def encode(fmt: Format, x: Floats, scales: Bytes, codes: Bytes) -> int:
     return _refused(x, bad)
 
 
+def encode_difference(
+    fmt: Format,
+    base: Floats,
+    local: Floats,
+    scales: Bytes,
+    codes: Bytes,
+    residual: Floats | None = None,
+    left_out: Floats | None = None,
+) -> int:
+    """Encode u = base - local, or u = (base - local) + residual: one float32 operation after the other, in one pass.
+
+    With `left_out`, left_out = u - decoded, what error feedback adds next time; it may be the array `residual`. Returns
+    as `encode` does, the index of a refused u. After a refusal the contents of scales, codes and left_out are
+    unspecified.
+    """
+    blocks = _check(fmt, base, scales, codes)
+    assert _blocks(local) == blocks
+    for optional in (residual, left_out):
+        assert optional is None or _blocks(optional) == blocks
+    loops, spec = _LOOPS[fmt], fmt.spec
+    scratch = np.zeros(2 * STEP * BLOCK, np.float32)
+    bad: int = encode_difference_blocks(
+        loops.encode.address,
+        loops.feedback.address,
+        _at(base),
+        _at(local),
+        0 if residual is None else _at(residual),
+        0 if left_out is None else _at(left_out),
+        _at(scales),
+        _at(codes),
+        blocks,
+        spec.scale_bytes,
+        spec.code_bytes,
+        loops.tie,
+        loops.shift,
+        _at(scratch),
+    )
+    if bad < 0:
+        return -1
+    u = base[bad * BLOCK : (bad + 1) * BLOCK] - local[bad * BLOCK : (bad + 1) * BLOCK]
+    if residual is not None:
+        u += residual[bad * BLOCK : (bad + 1) * BLOCK]
+    return bad * BLOCK + _refused(u, 0)
+
+
 def decode(fmt: Format, scales: Bytes, codes: Bytes, out: Floats) -> None:
     """out = decoded."""
-    _accumulate(fmt, scales, codes, 1.0, OVERWRITE, out)
+    _accumulate_into(fmt, scales, codes, 1.0, None, out, 0, 0)
+
+
+def decode_into(fmt: Format, scales: Bytes, codes: Bytes, out: Floats, first_block: int = 0) -> int:
+    """out = decoded; returns its digest, as of a range that begins at block `first_block` of its fragment."""
+    return _accumulate_into(fmt, scales, codes, 1.0, None, out, first_block, sum_blocks.address)
+
+
+def subtract_into(fmt: Format, scales: Bytes, codes: Bytes, base: Floats, out: Floats, first_block: int = 0) -> int:
+    """out = base - decoded, and its digest, as `decode_into`. `out` may be `base`, but not overlap it otherwise."""
+    assert base.size == out.size
+    return _accumulate_into(fmt, scales, codes, -1.0, base, out, first_block, sum_blocks.address)
 
 
 def accumulate(fmt: Format, scales: Bytes, codes: Bytes, weight: float, acc: Floats) -> None:
-    """acc += weight*decoded: `weight` rounded to float32, one float32 product and one float32 sum a value."""
-    _accumulate(fmt, scales, codes, weight, ADD, acc)
+    """acc += weight*decoded: `weight` rounded to float32, one float32 product and one float32 sum a value.
+
+    The products of a block in which weight*scale is under 2^-126, no normal float32, are 0. |weight| is at most 2.
+    """
+    blocks = _check(fmt, acc, scales, codes)
+    _LOOPS[fmt].accumulate(_at(scales), _at(codes), blocks, weight, _at(acc))
 
 
 def subtract(fmt: Format, scales: Bytes, codes: Bytes, theta: Floats) -> None:
     """theta -= decoded: what a worker does with an update."""
-    _accumulate(fmt, scales, codes, -1.0, ADD, theta)
+    accumulate(fmt, scales, codes, -1.0, theta)
 
 
 def encode_feedback(fmt: Format, u: Floats, scales: Bytes, codes: Bytes, residual: Floats, theta: Floats) -> int:
@@ -126,22 +180,14 @@ def sgd_(acc: Floats, residual: Floats, lr: float) -> None:
 def sum_of_squares(fmt: Format, scales: Bytes, codes: Bytes) -> float:
     """Sum of the squares of the decoded values, in float64 and in a fixed order.
 
-    Lane j = 0..63 sums the squares (exact in float64) of value j of each block, in the order of the blocks;
-    then lanes j and j + 32 are added, then j and j + 16, and so on.
+    Of each block the squares (exact in float64) of values j and j + 32 are added, then j and j + 16, and so on; then
+    the blocks' sums, in their order.
     """
     spec = fmt.spec
-    lanes = np.zeros(BLOCK, np.float64)
-    scratch = np.empty(_STRIDE, np.float32)
-    step = _STRIDE // BLOCK
-    for first in range(0, codes.size // spec.code_bytes, step):
-        some = codes[first * spec.code_bytes : (first + step) * spec.code_bytes]
-        blocks = some.size // spec.code_bytes
-        part = scratch[: blocks * BLOCK]
-        decode(fmt, scales[first * spec.scale_bytes : (first + blocks) * spec.scale_bytes], some, part)
-        plain.add_squares(_at(part), blocks, _at(lanes))
-    while lanes.size > 1:
-        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
-    return float(lanes[0])
+    scratch = np.empty(STEP * BLOCK, np.float32)
+    places = _LOOPS[fmt].accumulate.address, _at(scales), _at(codes)
+    sizes = codes.size // spec.code_bytes, spec.scale_bytes, spec.code_bytes
+    return float(sum_squares(*places, *sizes, _at(scratch)))
 
 
 def flush_(x: Floats) -> int:
@@ -206,23 +252,47 @@ def empty_encoded(fmt: Format, num_blocks: int) -> Encoded:
 
 
 def warm_up(formats: Iterable[Format]) -> None:
-    """Compile, or load from numba's cache, all that operations on these formats and on float32 arrays need."""
-    needed = {plain.flush, plain.peak, plain.add_squares, sum_blocks}
-    needed |= {plain.sgd, plain.nesterov, plain.delayed_push, plain.delayed_step}
+    """Compile, or load from numba's cache, all that operations on these formats need, but for outer steps."""
+    needed = {plain.flush, plain.peak, sum_blocks}
+    needed |= {encode_difference_blocks, accumulate_into_blocks, sum_squares}
     for fmt in formats:
         loops = _LOOPS[fmt]
         needed |= {loops.encode, loops.accumulate, loops.feedback}
         if fmt in (Format.INT4, Format.INT3):
-            needed.add(plain.widest_nibble)
+            needed.add(plain.stray_nibbles)
         if fmt is Format.TERNARY:
             needed.add(twobit.stray_pairs)
     for needed_kernel in needed:
         assert needed_kernel.address
 
 
-def _accumulate(fmt: Format, scales: Bytes, codes: Bytes, weight: float, keep: int, acc: Floats) -> None:
-    blocks = _check(fmt, acc, scales, codes)
-    _LOOPS[fmt].accumulate(_at(scales), _at(codes), blocks, weight, keep, _at(acc), _at(acc))
+def _accumulate_into(
+    fmt: Format,
+    scales: Bytes,
+    codes: Bytes,
+    weight: float,
+    base: Floats | None,
+    out: Floats,
+    first_block: int,
+    digest: int,
+) -> int:
+    blocks = _check(fmt, out, scales, codes)
+    spec = fmt.spec
+    return int(
+        accumulate_into_blocks(
+            _LOOPS[fmt].accumulate.address,
+            digest,
+            _at(scales),
+            _at(codes),
+            0 if base is None else _at(base),
+            _at(out),
+            blocks,
+            spec.scale_bytes,
+            spec.code_bytes,
+            first_block,
+            weight,
+        )
+    )
 
 
 def _codes_legal(fmt: Format, codes: Bytes) -> bool:
@@ -235,8 +305,7 @@ def _codes_legal(fmt: Format, codes: Bytes) -> bool:
     if fmt is Format.INT8:
         return bool(codes.view(np.int8).min() >= -fmt.spec.q_max)
     if fmt in (Format.INT4, Format.INT3):
-        widest = plain.widest_nibble(_at(codes), codes.size // fmt.spec.code_bytes, fmt.spec.q_max)
-        return bool(widest <= 2 * fmt.spec.q_max)
+        return bool(plain.stray_nibbles(_at(codes), codes.size // fmt.spec.code_bytes, fmt.spec.q_max) == 0)
     if fmt is Format.TERNARY:
         return bool(twobit.stray_pairs(_at(codes), codes.size // fmt.spec.code_bytes) == 0)
     return True

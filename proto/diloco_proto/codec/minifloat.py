@@ -19,7 +19,7 @@ from diloco_proto.codec.pieces import (
     SIGN,
     block_peak,
     f32,
-    fetch,
+    factor,
     i32,
     inverse,
     power,
@@ -31,6 +31,7 @@ QUARTER: Final = i32(125 << 23)
 ONE: Final = i32(127 << 23)
 ABOVE_ALL: Final = i32(255 << 23)
 E3M0_BIAS: Final = f32(2.0**120)
+E3M0_BITS: Final = i32(SIGN | i32(7 << 23))
 
 
 @inlined
@@ -74,9 +75,11 @@ def e3m0_value(code: np.int32, half: np.int32) -> Any:
 
 @inlined
 def e3m0_unit(code: np.int32) -> Any:
-    """2^(c - 7) with its sign; zero for c = 0. As a float's exponent c means 2^(c - 127), or zero."""
-    magnitude = i32(i32(code & i32(7)) << i32(23))
-    return as_float(i32(magnitude | i32(i32(code << i32(28)) & SIGN))) * E3M0_BIAS
+    """2^(c - 7) with its sign; zero for c = 0. As a float's exponent c means 2^(c - 127), or zero.
+
+    Bits above the fourth do not matter.
+    """
+    return as_float(i32(i32(i32(code << i32(28)) >> i32(5)) & E3M0_BITS)) * E3M0_BIAS
 
 
 @inlined
@@ -129,24 +132,20 @@ def encode_e3m0(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: np.i
 
 
 @kernel(*ACCUMULATE)
-def accumulate_e3m0(
-    scales_at: int, codes_at: int, blocks: int, weight: np.float32, keep: np.int32, acc_at: int, ahead_at: int
-) -> int:
+def accumulate_e3m0(scales_at: int, codes_at: int, blocks: int, weight: np.float32, acc_at: int) -> int:
     """e3m0."""
     scales = carray(pointer(scales_at), blocks, u8)
     codes = carray(pointer(codes_at), blocks * 32, u8)
     acc = carray(pointer(acc_at), blocks * 64, f32)
-    bits = carray(pointer(acc_at), blocks * 64, i32)
     for b in range(blocks):
         o, p = b * 64, b * 32
-        fetch(ahead_at, b)
-        s = power(i32(scales[b]))
+        s = factor(weight, i32(scales[b]))
         for j in range(32):
             code = i32(codes[p + j])
             low = e3m0_unit(code) * s
             high = e3m0_unit(i32(code >> i32(4))) * s
-            acc[o + j] = as_float(i32(bits[o + j] & keep)) + weight * low
-            acc[o + j + 32] = as_float(i32(bits[o + j + 32] & keep)) + weight * high
+            acc[o + j] += low
+            acc[o + j + 32] += high
     return -1
 
 
@@ -210,24 +209,20 @@ def encode_mxfp4(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: np.
 
 
 @kernel(*ACCUMULATE)
-def accumulate_mxfp4(
-    scales_at: int, codes_at: int, blocks: int, weight: np.float32, keep: np.int32, acc_at: int, ahead_at: int
-) -> int:
+def accumulate_mxfp4(scales_at: int, codes_at: int, blocks: int, weight: np.float32, acc_at: int) -> int:
     """mxfp4."""
     scales = carray(pointer(scales_at), blocks, u8)
     codes = carray(pointer(codes_at), blocks * 32, u8)
     acc = carray(pointer(acc_at), blocks * 64, f32)
-    bits = carray(pointer(acc_at), blocks * 64, i32)
     for b in range(blocks):
         o, p = b * 64, b * 32
-        fetch(ahead_at, b)
-        s = power(i32(scales[b]))
+        s = factor(weight, i32(scales[b]))
         for j in range(32):
             code = i32(codes[p + j])
             low = mxfp4_unit(code) * s
             high = mxfp4_unit(i32(code >> i32(4))) * s
-            acc[o + j] = as_float(i32(bits[o + j] & keep)) + weight * low
-            acc[o + j + 32] = as_float(i32(bits[o + j + 32] & keep)) + weight * high
+            acc[o + j] += low
+            acc[o + j + 32] += high
     return -1
 
 

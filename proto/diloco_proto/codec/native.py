@@ -33,8 +33,8 @@ ADDRESS: Final = types.int64
 INT64: Final = types.int64
 INT32: Final = types.int32
 FLOAT32: Final = types.float32
+FLOAT64: Final = types.float64
 UINT64: Final = types.uint64
-NOTHING: Final = types.void
 
 _OPTIONS: Final = {"nogil": True, "error_model": "numpy"}
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -132,12 +132,22 @@ def as_bits(typing_context: Any, value: Any) -> Any:
     return types.int32(types.float32), codegen
 
 
+def _by_halves(builder: Any, lanes: Any) -> Any:
+    """The sum of a vector of floats: the upper half is added to the lower one, until one is left."""
+    i32 = ir.IntType(32)
+    while (half := lanes.type.count // 2) > 0:
+        index = ir.VectorType(i32, half)
+        low, high = (index(list(range(first, first + half))) for first in (0, half))
+        lanes = builder.fadd(builder.shuffle_vector(lanes, lanes, low), builder.shuffle_vector(lanes, lanes, high))
+    return builder.extract_element(lanes, i32(0))
+
+
 @_intrinsic
 def mean_magnitude(typing_context: Any, address: Any, least: Any) -> Any:
     """Mean of the magnitudes of the 64 float32 at an address, those whose bits are under `least` taken for zeros.
 
     Each is divided by 64, then lanes j and j + 32 are added, then j and j + 16, and so on. LLVM does not
-    reorder sums, so a loop would add one by one: the halves are spelled out.
+    reorder sums, so a loop would add one by one.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -147,14 +157,21 @@ def mean_magnitude(typing_context: Any, address: Any, least: Any) -> Any:
         magnitude = builder.and_(bits, words([0x7FFFFFFF] * 64))
         floor = builder.shuffle_vector(builder.insert_element(unset, args[1], i32(0)), unset, zeros)
         kept = builder.select(builder.icmp_signed(">=", magnitude, floor), magnitude, zeros)
-        lanes = builder.fmul(builder.bitcast(kept, floats), floats([1 / 64] * 64))
-        for half in (32, 16, 8, 4, 2, 1):
-            index = ir.VectorType(i32, half)
-            low, high = (index(list(range(first, first + half))) for first in (0, half))
-            lanes = builder.fadd(builder.shuffle_vector(lanes, lanes, low), builder.shuffle_vector(lanes, lanes, high))
-        return builder.extract_element(lanes, i32(0))
+        return _by_halves(builder, builder.fmul(builder.bitcast(kept, floats), floats([1 / 64] * 64)))
 
     return types.float32(types.int64, types.int32), codegen
+
+
+@_intrinsic
+def squares_of_block(typing_context: Any, address: Any) -> Any:
+    """The sum of the squares of the 64 float32 at an address, in float64 and by halves, as in mean_magnitude."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        floats, doubles = (ir.VectorType(t, 64) for t in (ir.FloatType(), ir.DoubleType()))
+        x = builder.fpext(builder.load(builder.inttoptr(args[0], floats.as_pointer()), align=4), doubles)
+        return _by_halves(builder, builder.fmul(x, x))
+
+    return types.float64(types.int64), codegen
 
 
 @_intrinsic

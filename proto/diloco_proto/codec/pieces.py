@@ -1,4 +1,4 @@
-"""What the kernels of all formats share: constants, scales, prefetching. See `kernels` for their calling rules.
+"""What the kernels of all formats share: constants and scales. See `kernels` for their calling rules.
 
 Kernels compute what `reference` states, bit for bit, by other means: on the float's bits, with 32-bit integers
 (numba widens integer arithmetic to 64 bits, which halves the speed: hence the many `i32`), and without branches
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from diloco_proto.codec.native import ADDRESS, FLOAT32, INT32, INT64, as_float, inlined, prefetch
+from diloco_proto.codec.native import ADDRESS, FLOAT32, INT32, INT64, as_bits, as_float, inlined
 
 i32 = np.int32
 f32 = np.float32
@@ -22,11 +22,12 @@ MAGNITUDE: Final = i32(0x7FFFFFFF)
 MANTISSA: Final = i32(0x7FFFFF)
 REFUSED: Final = i32((126 + 127) << 23)
 FLUSHED: Final = i32((127 - 100) << 23)
+NORMAL: Final = i32(1 << 23)
 ROUND: Final = f32(3 << 22)
 """1.5 * 2^23: added to |v| < 2^22, it leaves v, rounded to even, in the low bits of the sum."""
 
 ENCODE: Final = (INT64, ADDRESS, ADDRESS, ADDRESS, INT64, INT32, INT32)
-ACCUMULATE: Final = (INT64, ADDRESS, ADDRESS, INT64, FLOAT32, INT32, ADDRESS, ADDRESS)
+ACCUMULATE: Final = (INT64, ADDRESS, ADDRESS, INT64, FLOAT32, ADDRESS)
 FEEDBACK: Final = (INT64, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS, INT64, INT32, INT32)
 
 
@@ -47,16 +48,16 @@ def power(scale: np.int32) -> Any:
 
 
 @inlined
-def inverse(scale: np.int32) -> Any:
-    """2^(127 - scale); zero for scale 0."""
-    return as_float(i32(i32(i32(254) - scale) << i32(23))) if scale > i32(0) else f32(0)
+def factor(weight: np.float32, scale: np.int32) -> Any:
+    """weight * 2^(scale - 127), what to multiply a code with; zero where that is no normal number.
+
+    Since scales are powers of two, code*(weight*scale) and weight*(code*scale) are the same float32.
+    """
+    bits = as_bits(f32(weight * power(scale)))
+    return as_float(bits if i32(bits & MAGNITUDE) >= NORMAL else i32(bits & SIGN))
 
 
 @inlined
-def fetch(ahead_at: int, b: int) -> None:
-    """Prefetch block b of float32 values: four cache lines."""
-    line = ahead_at + b * 256
-    prefetch(line)
-    prefetch(line + 64)
-    prefetch(line + 128)
-    prefetch(line + 192)
+def inverse(scale: np.int32) -> Any:
+    """2^(127 - scale); zero for scale 0."""
+    return as_float(i32(i32(i32(254) - scale) << i32(23))) if scale > i32(0) else f32(0)

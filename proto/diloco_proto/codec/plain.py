@@ -14,7 +14,6 @@ from diloco_proto.codec.native import (
     FLOAT32,
     INT32,
     INT64,
-    NOTHING,
     as_bits,
     as_float,
     carray,
@@ -31,9 +30,13 @@ from diloco_proto.codec.pieces import (
     REFUSED,
     block_peak,
     f32,
-    fetch,
     i32,
 )
+
+ONES: Final = np.uint64(0x1111111111111111)
+LOWER: Final = np.uint64(0x7777777777777777)
+HIGHEST: Final = np.uint64(0x8888888888888888)
+"""The lowest, the lower three and the highest bits of sixteen nibbles."""
 
 OPTIMIZER: Final = (INT64, ADDRESS, ADDRESS, ADDRESS, ADDRESS, INT64, FLOAT32, FLOAT32)
 """One signature for all; an optimizer leaves the arrays alone that it has no use for, so any address will do."""
@@ -68,18 +71,14 @@ def encode_fp32(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: np.i
 
 
 @kernel(*ACCUMULATE)
-def accumulate_fp32(
-    scales_at: int, codes_at: int, blocks: int, weight: np.float32, keep: np.int32, acc_at: int, ahead_at: int
-) -> int:
+def accumulate_fp32(scales_at: int, codes_at: int, blocks: int, weight: np.float32, acc_at: int) -> int:
     """fp32."""
     codes = carray(pointer(codes_at), blocks * 64, f32)
     acc = carray(pointer(acc_at), blocks * 64, f32)
-    bits = carray(pointer(acc_at), blocks * 64, i32)
     for b in range(blocks):
         o = b * 64
-        fetch(ahead_at, b)
         for i in range(64):
-            acc[o + i] = as_float(i32(bits[o + i] & keep)) + weight * codes[o + i]
+            acc[o + i] += weight * codes[o + i]
     return -1
 
 
@@ -127,19 +126,15 @@ def encode_bf16(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: np.i
 
 
 @kernel(*ACCUMULATE)
-def accumulate_bf16(
-    scales_at: int, codes_at: int, blocks: int, weight: np.float32, keep: np.int32, acc_at: int, ahead_at: int
-) -> int:
+def accumulate_bf16(scales_at: int, codes_at: int, blocks: int, weight: np.float32, acc_at: int) -> int:
     """bf16."""
     codes = carray(pointer(codes_at), blocks * 64, np.uint16)
     acc = carray(pointer(acc_at), blocks * 64, f32)
-    bits = carray(pointer(acc_at), blocks * 64, i32)
     for b in range(blocks):
         o = b * 64
-        fetch(ahead_at, b)
         for i in range(64):
             value = as_float(i32(i32(codes[o + i]) << i32(16)))
-            acc[o + i] = as_float(i32(bits[o + i] & keep)) + weight * value
+            acc[o + i] += weight * value
     return -1
 
 
@@ -255,29 +250,19 @@ def peak(x_at: int, blocks: int) -> np.int32:
     return top
 
 
-@kernel(INT32, ADDRESS, INT64, INT32)
-def widest_nibble(codes_at: int, blocks: int, q_max: np.int32) -> np.int32:
-    """The largest (code + q_max) mod 16 of blocks of nibbles: more than 2*q_max if one is out of range."""
-    codes = carray(pointer(codes_at), blocks * 32, np.uint8)
-    widest = i32(0)
-    for b in range(blocks):
-        p = b * 32
-        for j in range(32):
-            pair = i32(codes[p + j])
-            low = i32(i32(pair + q_max) & i32(15))
-            high = i32(i32(i32(pair >> i32(4)) + q_max) & i32(15))
-            low = high if high > low else low
-            widest = low if low > widest else widest
-    return widest
+@kernel(INT64, ADDRESS, INT64, INT64)
+def stray_nibbles(codes_at: int, blocks: int, q_max: int) -> int:
+    """Not 0 if a code of blocks of nibbles is beyond +-q_max, which is 7 or 3.
 
-
-@kernel(NOTHING, ADDRESS, INT64, ADDRESS)
-def add_squares(x_at: int, blocks: int, lanes_at: int) -> None:
-    """float64 lane j += the square of value j of each block, in the order of the blocks."""
-    x = carray(pointer(x_at), blocks * 64, f32)
-    lanes = carray(pointer(lanes_at), 64, np.float64)
-    for b in range(blocks):
-        o = b * 64
-        for j in range(64):
-            v = np.float64(x[o + j])
-            lanes[j] += v * v
+    Sixteen codes at a time, in nibbles that give no carry to the next: t = (code + q_max) mod 16 is at most 2*q_max for
+    a legal code, so t + (15 - 2*q_max) overflows four bits for the others.
+    """
+    words = carray(pointer(codes_at), blocks * 4, np.uint64)
+    q = np.uint64(q_max) * ONES
+    rest = np.uint64(15 - 2 * q_max) * ONES
+    found = np.uint64(0)
+    for i in range(blocks * 4):
+        t = ((words[i] & LOWER) + q) ^ (words[i] & HIGHEST)
+        up = (t & LOWER) + (rest & LOWER)
+        found |= (t & up) | ((t | up) & rest)
+    return int((found & HIGHEST) >> np.uint64(3))

@@ -89,7 +89,7 @@ def decode(fmt: Format, scales: Bytes, codes: Bytes) -> Floats:
         return codes.view("<f4") + np.float32(0)
     if fmt is Format.BF16:
         return (codes.view("<u2").astype(np.uint32) << 16).view(np.float32) + np.float32(0)
-    code = _unpack(fmt, codes)
+    code = unpack(fmt, codes)
     if fmt in _TABLES:
         table = _TABLES[fmt]
         units = np.where(code > 8, -table[code & 7], table[code & 7])
@@ -104,8 +104,15 @@ def decode(fmt: Format, scales: Bytes, codes: Bytes) -> Floats:
 
 
 def accumulate(fmt: Format, scales: Bytes, codes: Bytes, weight: float, acc: Floats) -> Floats:
-    """acc + weight*decoded: one float32 product, one float32 sum."""
-    return acc + np.float32(weight) * decode(fmt, scales, codes)
+    """acc + weight*decoded: one float32 product, one float32 sum.
+
+    The products of a block are 0 where weight*scale is under 2^-126: kernels multiply the scale first.
+    """
+    values = decode(fmt, scales, codes)
+    if fmt.spec.scale_bytes:
+        factor = np.ldexp(np.abs(np.float64(np.float32(weight))), scales.astype(np.int64) - 127)
+        values = np.where(np.repeat(factor < 2.0**-126, BLOCK), np.float32(0), values)
+    return acc + np.float32(weight) * values
 
 
 def encode_feedback(fmt: Format, u: Floats, theta: Floats) -> tuple[Bytes, Bytes, Floats, Floats]:
@@ -142,14 +149,14 @@ def delayed_nesterov(
 
 
 def sum_of_squares(fmt: Format, scales: Bytes, codes: Bytes) -> float:
-    """In float64: lane j sums value j of each block in the order of the blocks; then lanes are added by halves."""
-    squares = decode(fmt, scales, codes).astype(np.float64).reshape(-1, BLOCK) ** 2
-    lanes = np.zeros(BLOCK)
-    for block in squares:
-        lanes += block
-    while lanes.size > 1:
-        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
-    return float(lanes[0])
+    """In float64: the squares of a block are added by halves, then the blocks' sums in their order."""
+    lanes = decode(fmt, scales, codes).astype(np.float64).reshape(-1, BLOCK) ** 2
+    while lanes.shape[1] > 1:
+        lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
+    total = 0.0
+    for block in lanes[:, 0].tolist():  # `sum` would compensate for rounding
+        total += block
+    return total
 
 
 def _scale_exponents(fmt: Format, blocks: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -202,7 +209,8 @@ def _pack(fmt: Format, codes: NDArray[np.int64]) -> Bytes:
     return packed.astype(np.uint8).ravel()
 
 
-def _unpack(fmt: Format, codes: Bytes) -> NDArray[np.int64]:
+def unpack(fmt: Format, codes: Bytes) -> NDArray[np.int64]:
+    """int64[blocks, 64]: the codes of a format with scales, as unsigned numbers."""
     bits = _code_bits(fmt)
     packed = codes.reshape(-1, fmt.spec.code_bytes).astype(np.int64)
     return np.concatenate([packed >> bits * i & ((1 << bits) - 1) for i in range(8 // bits)], axis=1)

@@ -26,7 +26,6 @@ from diloco_proto.codec.native import (
     INT32,
     INT64,
     as_bits,
-    as_float,
     carray,
     inlined,
     kernel,
@@ -43,7 +42,7 @@ from diloco_proto.codec.pieces import (
     REFUSED,
     block_peak,
     f32,
-    fetch,
+    factor,
     i32,
     power,
     u8,
@@ -169,28 +168,24 @@ def encode_int2(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: np.i
 
 
 @kernel(*ACCUMULATE)
-def accumulate_int2(
-    scales_at: int, codes_at: int, blocks: int, weight: np.float32, keep: np.int32, acc_at: int, ahead_at: int
-) -> int:
+def accumulate_int2(scales_at: int, codes_at: int, blocks: int, weight: np.float32, acc_at: int) -> int:
     """int2."""
     scales = carray(pointer(scales_at), blocks, u8)
     codes = carray(pointer(codes_at), blocks * 16, u8)
     acc = carray(pointer(acc_at), blocks * 64, f32)
-    bits = carray(pointer(acc_at), blocks * 64, i32)
     for b in range(blocks):
         o, p = b * 64, b * 16
-        fetch(ahead_at, b)
-        s = power(i32(scales[b]))
+        s = factor(weight, i32(scales[b]))
         for j in range(16):
             code = i32(codes[p + j])
             v0 = int2_value(code, s)
             v1 = int2_value(i32(code >> i32(2)), s)
             v2 = int2_value(i32(code >> i32(4)), s)
             v3 = int2_value(i32(code >> i32(6)), s)
-            acc[o + j] = as_float(i32(bits[o + j] & keep)) + weight * v0
-            acc[o + j + 16] = as_float(i32(bits[o + j + 16] & keep)) + weight * v1
-            acc[o + j + 32] = as_float(i32(bits[o + j + 32] & keep)) + weight * v2
-            acc[o + j + 48] = as_float(i32(bits[o + j + 48] & keep)) + weight * v3
+            acc[o + j] += v0
+            acc[o + j + 16] += v1
+            acc[o + j + 32] += v2
+            acc[o + j + 48] += v3
     return -1
 
 
@@ -263,28 +258,24 @@ def encode_ternary(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: n
 
 
 @kernel(*ACCUMULATE)
-def accumulate_ternary(
-    scales_at: int, codes_at: int, blocks: int, weight: np.float32, keep: np.int32, acc_at: int, ahead_at: int
-) -> int:
+def accumulate_ternary(scales_at: int, codes_at: int, blocks: int, weight: np.float32, acc_at: int) -> int:
     """ternary."""
     scales = carray(pointer(scales_at), blocks, u8)
     codes = carray(pointer(codes_at), blocks * 16, u8)
     acc = carray(pointer(acc_at), blocks * 64, f32)
-    bits = carray(pointer(acc_at), blocks * 64, i32)
     for b in range(blocks):
         o, p = b * 64, b * 16
-        fetch(ahead_at, b)
-        s = power(i32(scales[b]))
+        s = factor(weight, i32(scales[b]))
         for j in range(16):
             code = i32(codes[p + j])
             v0 = ternary_value(code, s)
             v1 = ternary_value(i32(code >> i32(2)), s)
             v2 = ternary_value(i32(code >> i32(4)), s)
             v3 = ternary_value(i32(code >> i32(6)), s)
-            acc[o + j] = as_float(i32(bits[o + j] & keep)) + weight * v0
-            acc[o + j + 16] = as_float(i32(bits[o + j + 16] & keep)) + weight * v1
-            acc[o + j + 32] = as_float(i32(bits[o + j + 32] & keep)) + weight * v2
-            acc[o + j + 48] = as_float(i32(bits[o + j + 48] & keep)) + weight * v3
+            acc[o + j] += v0
+            acc[o + j + 16] += v1
+            acc[o + j + 32] += v2
+            acc[o + j + 48] += v3
     return -1
 
 

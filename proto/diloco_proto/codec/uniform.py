@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diloco_proto.codec.native import as_bits, as_float, carray, inlined, kernel, pointer
+from diloco_proto.codec.native import as_bits, carray, inlined, kernel, pointer
 from diloco_proto.codec.pieces import (
     ACCUMULATE,
     ENCODE,
@@ -21,7 +21,7 @@ from diloco_proto.codec.pieces import (
     ROUND,
     block_peak,
     f32,
-    fetch,
+    factor,
     i32,
     inverse,
     power,
@@ -70,24 +70,20 @@ def encode_nibble(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: np
 
 
 @kernel(*ACCUMULATE)
-def accumulate_nibble(
-    scales_at: int, codes_at: int, blocks: int, weight: np.float32, keep: np.int32, acc_at: int, ahead_at: int
-) -> int:
+def accumulate_nibble(scales_at: int, codes_at: int, blocks: int, weight: np.float32, acc_at: int) -> int:
     """int4 and int3."""
     scales = carray(pointer(scales_at), blocks, u8)
     codes = carray(pointer(codes_at), blocks * 32, u8)
     acc = carray(pointer(acc_at), blocks * 64, f32)
-    bits = carray(pointer(acc_at), blocks * 64, i32)
     for b in range(blocks):
         o, p = b * 64, b * 32
-        fetch(ahead_at, b)
-        s = power(i32(scales[b]))
+        s = factor(weight, i32(scales[b]))
         for j in range(32):
             code = i32(codes[p + j])
             low = f32(i32(i32(code << i32(28)) >> i32(28))) * s
             high = f32(i32(i32(code << i32(24)) >> i32(28))) * s
-            acc[o + j] = as_float(i32(bits[o + j] & keep)) + weight * low
-            acc[o + j + 32] = as_float(i32(bits[o + j + 32] & keep)) + weight * high
+            acc[o + j] += low
+            acc[o + j + 32] += high
     return -1
 
 
@@ -151,20 +147,16 @@ def encode_int8(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: np.i
 
 
 @kernel(*ACCUMULATE)
-def accumulate_int8(
-    scales_at: int, codes_at: int, blocks: int, weight: np.float32, keep: np.int32, acc_at: int, ahead_at: int
-) -> int:
+def accumulate_int8(scales_at: int, codes_at: int, blocks: int, weight: np.float32, acc_at: int) -> int:
     """int8."""
     scales = carray(pointer(scales_at), blocks, u8)
     codes = carray(pointer(codes_at), blocks * 64, np.int8)
     acc = carray(pointer(acc_at), blocks * 64, f32)
-    bits = carray(pointer(acc_at), blocks * 64, i32)
     for b in range(blocks):
         o = b * 64
-        fetch(ahead_at, b)
-        s = power(i32(scales[b]))
+        s = factor(weight, i32(scales[b]))
         for i in range(64):
-            acc[o + i] = as_float(i32(bits[o + i] & keep)) + weight * (f32(codes[o + i]) * s)
+            acc[o + i] += f32(codes[o + i]) * s
     return -1
 
 
