@@ -18,7 +18,6 @@ from typing import Any, TypedDict
 
 import grpc
 
-from diloco_proto import outer_pb2_grpc as rpc
 from diloco_proto.channel import CLIENT_OPTIONS
 from diloco_proto.errors import (
     CertificateError,
@@ -33,6 +32,7 @@ from diloco_proto.errors import (
 
 from . import probe
 from .address import Place, check_clear, find
+from .stub import Stub
 
 log = logging.getLogger("diloco")
 
@@ -241,7 +241,7 @@ class Connector:
             channel = grpc.secure_channel(place.target, credentials, options)
         if place.token:
             channel = grpc.intercept_channel(channel, _Bearer(place.token))
-        return Line(name, place.token, channel, rpc.OuterStub(channel))  # type: ignore[no-untyped-call]
+        return Line(name, place.token, channel, Stub(channel))
 
     def _secured(self, place: Place, timeout: float) -> tuple[list[tuple[str, Any]], grpc.ChannelCredentials | None]:
         """Options and credentials of a channel."""

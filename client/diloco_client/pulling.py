@@ -12,6 +12,7 @@ from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import BLOCK, CorruptFrame, decode, is_intact, read_frame, subtract
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import DamagedFrame
+from diloco_proto.frame_messages import Data, frame_message_bytes
 
 from .lines import Lines
 from .pushing import MAX_DAMAGED, SLOWEST
@@ -25,7 +26,7 @@ class PulledItem:
     kind: pb.ItemKind
     version: int
     digest: int
-    frames: list[bytes] = field(default_factory=list)
+    frames: list[Data] = field(default_factory=list)
     nbytes: int = 0
     """Bytes of the messages that brought it."""
 
@@ -71,9 +72,8 @@ class PullStripe:
             with self._lines.call(self._name, lambda stub, _: stub.Pull(current), self._patience) as (call, watch):
                 for reply in call:
                     watch.moved()
-                    size = reply.ByteSize()
+                    size = self._reader.take(reply)
                     self._lines.received(size)
-                    self._reader.take(reply)
                     self.progress += 1
                     self._lines.after_receiving(size, watch)
         except DamagedFrame as error:
@@ -125,19 +125,24 @@ class _Reader:
             current.item_version = self._items[-1].version
         return current
 
-    def take(self, reply: pb.PullReply) -> None:
-        """Raises DamagedFrame for a frame that is not as it was sent."""
-        if reply.HasField("item"):
+    def take(self, reply: pb.PullReply | memoryview) -> int:
+        """Returns the bytes of the message. Raises DamagedFrame for a frame that is not as it was sent."""
+        if not isinstance(reply, memoryview):
+            if not reply.HasField("item"):
+                raise ConnectionError("the server sent neither an item nor a frame")
             self._begin(reply.item)
+            size = reply.ByteSize()
         elif not self._missing:
             raise ConnectionError("the server sent a frame that belongs to no item")
-        elif not is_intact(reply.frame):
+        elif not is_intact(reply):
             item = self._items[-1]
             raise DamagedFrame(f"frame {len(item.frames)} of the way to version {item.version} arrived damaged")
         else:
-            self._items[-1].frames.append(reply.frame)
+            self._items[-1].frames.append(reply)
             self._missing -= 1
-        self._items[-1].nbytes += reply.ByteSize()
+            size = frame_message_bytes(len(reply))
+        self._items[-1].nbytes += size
+        return size
 
     def _begin(self, item: pb.Item) -> None:
         last = self._items[-1] if self._items else None

@@ -16,6 +16,7 @@ from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PUSH_WINDOW_FRAMES
 from diloco_proto.codec import frame_blocks
 from diloco_proto.errors import DamagedFrame
+from diloco_proto.frame_messages import frame_message
 
 from .lines import Lines
 from .retry import Stalled
@@ -107,18 +108,18 @@ class _PushStream:
     def start(self, stub: Any, watch: Watch) -> object:
         return stub.Push(self._requests(watch))
 
-    def _requests(self, watch: Watch) -> Iterator[pb.PushRequest]:
-        yield self._counted(pb.PushRequest(header=self._header))
+    def _requests(self, watch: Watch) -> Iterator[bytes]:
+        yield self._counted(pb.PushRequest(header=self._header).SerializeToString())
         have = self._have.get()
         for index, frame in enumerate(self._frames):
             if index in have:
                 continue
             self._window.acquire()
-            request = pb.PushRequest(frame=frame)
-            self._lines.before_sending(request.ByteSize(), watch, self._stopped)
+            message = frame_message(frame)
+            self._lines.before_sending(len(message), watch, self._stopped)
             if self._stopped.is_set():
                 return
-            yield self._counted(request)
+            yield self._counted(message)
             watch.moved()
 
     def on_reply(self, reply: pb.PushReply) -> None:
@@ -136,9 +137,9 @@ class _PushStream:
         self._have.put(set())
         self._window.release()
 
-    def _counted(self, request: pb.PushRequest) -> pb.PushRequest:
-        self._lines.sent(request.ByteSize())
-        return request
+    def _counted(self, message: bytes) -> bytes:
+        self._lines.sent(len(message))
+        return message
 
 
 def split_push(

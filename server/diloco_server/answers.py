@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -22,20 +22,15 @@ MOST_TOLD = 2000
 """Bytes of an error's text. In headers they may become three times as many, and a client takes 8 KiB of those."""
 
 M = TypeVar("M")
-M_co = TypeVar("M_co", covariant=True)
 
 
-class _Readable(Protocol[M_co]):
-    def FromString(self, data: bytes) -> M_co: ...  # noqa: N802
-
-
-def reader(kind: _Readable[M]) -> Callable[[bytes], M | None]:
+def reader(parse: Callable[[bytes], M]) -> Callable[[bytes], M | None]:
     """A deserializer: None for bytes that are no such message. gRPC would answer an exception in its own words, and
     take it for a fault of ours."""
 
     def read(data: bytes) -> M | None:
         try:
-            return kind.FromString(data)
+            return parse(data)
         except DecodeError:
             return None
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Encoded, Format, pack_frames, read_frame
+from diloco_proto.codec import Format, pack_frames, read_frame
 from diloco_proto.errors import InvalidContribution
+from diloco_proto.frame_messages import frame_message, read_pull
 from diloco_proto.manifest import Fragment
 
 
@@ -59,10 +60,8 @@ def _cut(number: int, step: int, first: int, stop: int, blocks: int) -> Cut:
 
 def recut(message: bytes, cut: Cut) -> bytes:
     """Of an update's frame, a serialized PullReply, the blocks of `cut`: decoded and framed anew. Heavy."""
-    frame = read_frame(pb.PullReply.FromString(message).frame)
-    spec = frame.format.spec
-    a, b = cut.first - frame.first_block, cut.stop - frame.first_block
-    scales = frame.scales[a * spec.scale_bytes : b * spec.scale_bytes]
-    codes = frame.codes[a * spec.code_bytes : b * spec.code_bytes]
-    (packed,) = pack_frames(Encoded(frame.format, scales, codes), cut.first)
-    return pb.PullReply(frame=packed).SerializeToString()
+    carried = read_pull(message)
+    assert isinstance(carried, memoryview)
+    frame = read_frame(carried, intact=True)
+    (packed,) = pack_frames(frame.encoded.part(cut.first - frame.first_block, cut.stop - frame.first_block), cut.first)
+    return frame_message(packed)

@@ -118,7 +118,7 @@ class Keeper:
             for record in records:
                 self._store.journal.append(record)
 
-    async def keep_frame(self, ticket: Ticket, frame: bytes) -> None:
+    async def keep_frame(self, ticket: Ticket, frame: memoryview) -> None:
         """A frame has come, of a contribution that is on its way in. Waits while too much waits to be written."""
         if not self._started or ticket.header.purpose != pb.PURPOSE_CONTRIBUTION:
             return

@@ -13,6 +13,7 @@ from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack_frames
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
+from diloco_proto.frame_messages import frame_message
 from diloco_proto.manifest import Fragment, Layout, Role
 from diloco_proto.wire import codec_to_pb
 
@@ -274,7 +275,7 @@ def snapshot_frame(snapshot: Snapshot, first: int, stop: int) -> bytes:
         )
     values = theta[first * BLOCK : stop * BLOCK]
     encoded = Encoded(Format.FP32, np.empty(0, np.uint8), values.view(np.uint8))
-    return pb.PullReply(frame=pack_frames(encoded, first)[0]).SerializeToString()
+    return frame_message(pack_frames(encoded, first)[0])
 
 
 def snapshot_item(snapshot: Snapshot, first: int, stop: int | None = None) -> pb.Item:
@@ -296,7 +297,7 @@ def _serialized(update: Encoded, threads: Executor | None) -> tuple[bytes, ...]:
     def serialize(number: int) -> None:
         first = number * step
         (frame,) = pack_frames(update.part(first, first + step), first)
-        messages[number] = pb.PullReply(frame=frame).SerializeToString()
+        messages[number] = frame_message(frame)
 
     spread(serialize, range(len(messages)), threads)
     return tuple(messages)

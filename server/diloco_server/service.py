@@ -19,6 +19,7 @@ from diloco_proto.errors import (
     DilocoError,
     InvalidContribution,
 )
+from diloco_proto.frame_messages import read_push
 
 from .answers import Refusals, readable, reader
 from .assembly import Place
@@ -35,10 +36,12 @@ log = logging.getLogger("diloco.server")
 T = TypeVar("T")
 
 Context = grpc.aio.ServicerContext[Any, Any]
+PushStream = AsyncIterator[pb.PushRequest | memoryview | None]
 
 
 def handlers(engine: Engine) -> grpc.GenericRpcHandler:
-    """The service `diloco.v1.Outer`. Pull answers with bytes already serialized, so it has no serializer.
+    """The service `diloco.v1.Outer`. Pull answers with bytes already serialized, so it has no serializer; of a push's
+    frames it is given views.
 
     All handlers are those of streams, also where there is one request: for that gRPC would wait for ever.
     """
@@ -47,17 +50,17 @@ def handlers(engine: Engine) -> grpc.GenericRpcHandler:
         "diloco.v1.Outer",
         {
             "Session": grpc.stream_stream_rpc_method_handler(
-                service.session, reader(pb.SessionRequest), pb.SessionEvent.SerializeToString
+                service.session, reader(pb.SessionRequest.FromString), pb.SessionEvent.SerializeToString
             ),
             "Push": grpc.stream_stream_rpc_method_handler(
-                service.push, reader(pb.PushRequest), pb.PushReply.SerializeToString
+                service.push, reader(read_push), pb.PushReply.SerializeToString
             ),
-            "Pull": grpc.stream_stream_rpc_method_handler(service.pull, reader(pb.PullRequest), None),
+            "Pull": grpc.stream_stream_rpc_method_handler(service.pull, reader(pb.PullRequest.FromString), None),
             "Describe": grpc.stream_stream_rpc_method_handler(
-                service.describe, reader(pb.DescribeRequest), pb.RunDescription.SerializeToString
+                service.describe, reader(pb.DescribeRequest.FromString), pb.RunDescription.SerializeToString
             ),
             "Status": grpc.stream_stream_rpc_method_handler(
-                service.status, reader(pb.StatusRequest), pb.RunStatus.SerializeToString
+                service.status, reader(pb.StatusRequest.FromString), pb.RunStatus.SerializeToString
             ),
         },
     )
@@ -131,20 +134,18 @@ class Service:
 
     # -- Push --
 
-    async def push(self, requests: AsyncIterator[pb.PushRequest | None], context: Context) -> None:
+    async def push(self, requests: PushStream, context: Context) -> None:
         try:
             stream = aiter(requests)
             first = await self._first(stream, context)
-            if first is None or not first.HasField("header"):
+            if not isinstance(first, pb.PushRequest) or not first.HasField("header"):
                 raise InvalidContribution("a push begins with its header")
             with self._limits.hold(Stream.PUSH, first.header.worker_id):
                 await context.write(pb.PushReply(outcome=await self._push(first.header, stream, context)))
         except DilocoError as error:
             await self._refuse(context, "Push", error)
 
-    async def _push(
-        self, header: pb.PushHeader, stream: AsyncIterator[pb.PushRequest | None], context: Context
-    ) -> pb.Outcome:
+    async def _push(self, header: pb.PushHeader, stream: PushStream, context: Context) -> pb.Outcome:
         self._engine.keeper.check()
         ticket = self._engine.run.begin_push(header)
         if isinstance(ticket, pb.Outcome):
@@ -157,26 +158,24 @@ class Service:
             received = await self._receive(stream, ticket, set(held), context)
             return await _answering(context, self._engine.finish_push(ticket), received)
 
-    async def _receive(
-        self, stream: AsyncIterator[pb.PushRequest | None], ticket: Ticket, held: set[int], context: Context
-    ) -> int:
+    async def _receive(self, stream: PushStream, ticket: Ticket, held: set[int], context: Context) -> int:
         """Take in the frames that are missing; returns how many."""
         header = ticket.header
         wanted = [place for i, place in enumerate(ticket.places) if i not in held]
         for count, place in enumerate(wanted, 1):
             if ticket.assembly.closed:
                 return count - 1
-            request = await _next(stream, self._limits.bounds.frame_seconds)
-            if request is None or not request.HasField("frame"):
+            frame = await _next(stream, self._limits.bounds.frame_seconds)
+            if not isinstance(frame, memoryview):
                 raise InvalidContribution(
                     f"worker {header.worker_id!r} sent {count - 1} of {len(wanted)} frames of fragment "
                     f"{header.fragment}, then ended"
                 )
-            self._engine.bytes_in += len(request.frame)
+            self._engine.bytes_in += len(frame)
             where = f"worker {header.worker_id!r}, fragment {header.fragment}, block {place.first_block}"
-            read = asyncio.get_running_loop().run_in_executor(self._engine.threads, _read, request.frame, place, where)
+            read = asyncio.get_running_loop().run_in_executor(self._engine.threads, _read, frame, place, where)
             ticket.assembly.add(place, await read)
-            await _answering(context, self._engine.keeper.keep_frame(ticket, request.frame), count - 1)
+            await _answering(context, self._engine.keeper.keep_frame(ticket, frame), count - 1)
             if count % ACK_EVERY_FRAMES == 0:
                 await context.write(pb.PushReply(ack=pb.Ack(frames=count)))
         return len(wanted)
@@ -292,13 +291,13 @@ class _Writer:
             await asyncio.gather(self._write, return_exceptions=True)
 
 
-def _read(data: bytes, place: Place, where: str) -> Frame:
+def _read(data: memoryview, place: Place, where: str) -> Frame:
     """Heavy. Raises DamagedFrame for bytes that are not those announced, InvalidContribution for such as are, but no
     frame that a worker may send."""
     if not is_intact(data) or frame_checksum(data) != place.digest:
         raise DamagedFrame(f"{where}: the frame is not the one announced; it was damaged on its way")
     try:
-        return read_frame(data)
+        return read_frame(data, intact=True)
     except CorruptFrame as error:
         raise InvalidContribution(f"{where}: {error}") from error
 

@@ -72,7 +72,7 @@ def test_bits_a_parameter_and_bytes_are_counted(together) -> None:
     assert 2.0 < stats.bits_up < 4.3
     assert 2.0 < stats.bits_down < 4.3
     seed = stats.bytes_up - stats.counted * stats.bits_up / 8 * parameters
-    assert 3.5 * parameters < seed < 4.1 * parameters  # fp32, of which zstd saves a little
+    assert 3.2 * parameters < seed < 3.6 * parameters  # fp32, of which zstd saves a seventh
     assert stats.bytes_down == pytest.approx(stats.counted * stats.bits_down / 8 * parameters, rel=0.02)
     assert stats.steps == 40
     assert 0 <= stats.stall_seconds < stats.train_seconds

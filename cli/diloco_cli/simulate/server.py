@@ -8,6 +8,7 @@ from diloco_client.transport import PulledItem
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import read_frame
 from diloco_proto.errors import ConnectionClosed, DilocoError, Superseded
+from diloco_proto.frame_messages import Data
 from diloco_server.config import RunConfig
 from diloco_server.members import Member
 from diloco_server.parameters import snapshot_frames, snapshot_item
@@ -289,5 +290,5 @@ class VirtualServer:
 
 
 def _pulled(item: pb.Item, messages: Sequence[bytes]) -> PulledItem:
-    frames = [pb.PullReply.FromString(message).frame for message in messages]
+    frames: list[Data] = [pb.PullReply.FromString(message).frame for message in messages]
     return PulledItem(item.kind, item.version, item.digest, frames, sum(map(len, messages)))
