@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Encoded, Format, Frame
+from diloco_proto.codec import Encoded, Format, Frame, empty_encoded
 from diloco_proto.errors import InvalidContribution
 from diloco_proto.manifest import Fragment
 
@@ -67,12 +65,11 @@ def frame_places(
 class Assembly:
     """The encoded fragment as it fills up, from one stream or from several (the ranks of an island).
 
-    `add` may run in any thread: frames of one assembly never overlap, and a stream that brings other bytes
-    for the same place gets an assembly of its own.
+    `write` may run in any thread: frames of one assembly never overlap, and a stream that brings other bytes
+    for the same place gets an assembly of its own. All else belongs to one thread.
     """
 
     def __init__(self, fragment: Fragment, fmt: Format, work: Work = Work(), serial: int = 0) -> None:
-        spec = fmt.spec
         self.serial = serial
         """Under which its frames are kept on disk."""
         self.fragment = fragment
@@ -80,8 +77,7 @@ class Assembly:
         self.work = work
         self.frames: dict[int, int] = {}
         """First block of each frame held -> its xxh3."""
-        self._scales = np.zeros(fragment.num_blocks * spec.scale_bytes, np.uint8)
-        self._codes = np.zeros(fragment.num_blocks * spec.code_bytes, np.uint8)
+        self._encoded = empty_encoded(fmt, fragment.num_blocks)
         self._claims: dict[int, Place] = {}
         self.streams = 0
         """How many bring it frames now."""
@@ -90,7 +86,7 @@ class Assembly:
 
     @property
     def nbytes(self) -> int:
-        return self._scales.nbytes + self._codes.nbytes
+        return self._encoded.nbytes
 
     def claim(self, places: Sequence[Place]) -> bool:
         """Announce a stream's frames. False when other bytes were announced for a block of theirs."""
@@ -108,6 +104,15 @@ class Assembly:
 
     def add(self, place: Place, frame: Frame) -> None:
         """Take one frame in. Raises InvalidContribution unless it is the one announced for `place`."""
+        self.write(place, frame)
+        self.hold(place)
+
+    def hold(self, place: Place) -> None:
+        """The frame of `place` was written: it need not be sent again."""
+        self.frames[place.first_block] = place.digest
+
+    def write(self, place: Place, frame: Frame) -> None:
+        """Copy one frame to where it belongs. Raises InvalidContribution unless it is the one announced for `place`."""
         if (frame.format, frame.first_block, frame.num_blocks) != (
             self.format,
             place.first_block,
@@ -122,11 +127,8 @@ class Assembly:
             raise InvalidContribution(
                 f"fragment {self.fragment.index}: the frame at block {place.first_block} is not the one announced"
             )
-        spec = self.format.spec
-        start, stop = place.first_block, place.first_block + place.num_blocks
-        self._scales[start * spec.scale_bytes : stop * spec.scale_bytes] = frame.scales
-        self._codes[start * spec.code_bytes : stop * spec.code_bytes] = frame.codes
-        self.frames[place.first_block] = place.digest
+        here = self._encoded.part(place.first_block, place.first_block + place.num_blocks)
+        here.scales[:], here.codes[:] = frame.scales, frame.codes
 
     @property
     def complete(self) -> bool:
@@ -136,4 +138,4 @@ class Assembly:
     def encoded(self) -> Encoded:
         """The whole fragment, encoded."""
         assert self.complete
-        return Encoded(self.format, self._scales, self._codes)
+        return self._encoded

@@ -25,7 +25,7 @@ from .calls import CountCalls
 from .config import RunConfig, ServerConfig
 from .engine import Engine
 from .entrance import Entrance
-from .footprint import put_compiler_away, return_large_blocks
+from .footprint import give_back, put_compiler_away, reuse_blocks
 from .gauges import engine_metrics
 from .health import health_handlers
 from .keeper import Keeper
@@ -37,6 +37,8 @@ log = logging.getLogger("diloco.server")
 
 MATH_THREADS = 4
 """Commits, frame checks and compression; two cores are kept busy even while one thread waits for memory."""
+
+TRIM_SECONDS = 2.0
 
 STOP_SECONDS = 5.0
 """How long open calls may take to end once the server has drained."""
@@ -217,7 +219,7 @@ def run_forever(config: RunConfig, server: ServerConfig, on_listening: Callable[
 
     Raises ConfigError or AddressInUse when the start fails, and what made the server stop if it was a fault of ours.
     """
-    return_large_blocks()
+    reuse_blocks()
     daemon = Daemon(config, server)
     daemon.on_stop = daemon.bound_drain
 
@@ -225,7 +227,9 @@ def run_forever(config: RunConfig, server: ServerConfig, on_listening: Callable[
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _on_signal, daemon, number)
+        trimming = loop.create_task(_trim(daemon.engine))
         await daemon.run(ready)
+        trimming.cancel()
 
     def ready(daemon: Daemon) -> None:
         put_compiler_away()
@@ -233,6 +237,16 @@ def run_forever(config: RunConfig, server: ServerConfig, on_listening: Callable[
 
     with asyncio.Runner(loop_factory=event_loop) as runner:
         runner.run(main())
+
+
+async def _trim(engine: Engine) -> None:
+    """Give back what is left of rounds, some seconds after them."""
+    trimmed = 0
+    while True:
+        await asyncio.sleep(TRIM_SECONDS)
+        if engine.run.rounds_committed != trimmed:
+            trimmed = engine.run.rounds_committed
+            await asyncio.get_running_loop().run_in_executor(None, give_back)
 
 
 def _on_signal(daemon: Daemon, number: int) -> None:

@@ -9,23 +9,38 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
-LARGE = 256 << 10
-"""Bytes; blocks of that size and more, such as frames, go back to the system when they are freed."""
+LARGE = 8 << 20
+"""Bytes; blocks of that size and more go back to the system when they are freed. Frames are below."""
+
+SPARE = 64 << 20
+"""Bytes of freed memory that an arena may keep at its end."""
 
 COMPILER = "llvmlite"
 """In the name of its library: the largest that is loaded, and idle once the kernels are."""
 
 
-def return_large_blocks() -> None:
-    """glibc raises its own threshold as soon as one such block is freed, and keeps the next ones: of a hundred
-    megabytes of frames under way most would stay, scattered over the arenas of all threads."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, LARGE)
+def reuse_blocks() -> None:
+    """Frames come and go by the thousand: taken from the system each time and given back, their pages would cost ten
+    times what it takes to copy them (docs/log.md). So they are kept for the next, until `give_back`."""
+    if (mallopt := _libc("mallopt")) is not None:
+        mallopt(_M_MMAP_THRESHOLD, LARGE)
+        mallopt(_M_TRIM_THRESHOLD, SPARE)
+
+
+def give_back() -> None:
+    """Give the system what is free by now, of all threads' arenas: after a round most of what its frames took."""
+    if (malloc_trim := _libc("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _libc(name: str) -> Any:
+    """A function of glibc's, if that is there."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def check_fits(needed: int) -> None:

@@ -118,14 +118,18 @@ class Keeper:
             for record in records:
                 self._store.journal.append(record)
 
-    async def keep_frame(self, ticket: Ticket, frame: memoryview) -> None:
-        """A frame has come, of a contribution that is on its way in. Waits while too much waits to be written."""
-        if not self._started or ticket.header.purpose != pb.PURPOSE_CONTRIBUTION:
-            return
-        assert self._store is not None
-        self._segments.setdefault(ticket.assembly.serial, self._segment)
-        self._store.journal.append(keeping.frame(ticket), frame)
-        await self._store.journal.wait_room()
+    def keep_frame(self, ticket: Ticket, frame: memoryview) -> None:
+        """A frame has come, of a contribution that is on its way in."""
+        if self._started and ticket.header.purpose == pb.PURPOSE_CONTRIBUTION:
+            assert self._store is not None
+            self._segments.setdefault(ticket.assembly.serial, self._segment)
+            self._store.journal.append(keeping.frame(ticket), frame)
+
+    async def room(self) -> None:
+        """Not too much waits to be written."""
+        if self._started:
+            assert self._store is not None
+            await self._store.journal.wait_room()
 
     async def durable(self) -> None:
         """All that was kept so far is on disk. Raises StorageFailed if it never will be."""

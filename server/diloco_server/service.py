@@ -12,7 +12,7 @@ import grpc
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import ACK_EVERY_FRAMES, ANSWER_SECONDS, MAX_DATA_CONNECTIONS
-from diloco_proto.codec import CorruptFrame, Format, Frame, frame_checksum, is_intact, read_frame
+from diloco_proto.codec import CorruptFrame, Format, frame_checksum, is_intact, read_frame
 from diloco_proto.errors import (
     ConnectionClosed,
     DamagedFrame,
@@ -22,7 +22,7 @@ from diloco_proto.errors import (
 from diloco_proto.frame_messages import read_push
 
 from .answers import Refusals, readable, reader
-from .assembly import Place
+from .assembly import Assembly, Place
 from .cuts import asked_for, cuts_of, recut
 from .engine import Engine, SessionQueue, offer
 from .limits import Stream, address_of
@@ -160,25 +160,29 @@ class Service:
 
     async def _receive(self, stream: PushStream, ticket: Ticket, held: set[int], context: Context) -> int:
         """Take in the frames that are missing; returns how many."""
-        header = ticket.header
+        header, count = ticket.header, 0
         wanted = [place for i, place in enumerate(ticket.places) if i not in held]
-        for count, place in enumerate(wanted, 1):
-            if ticket.assembly.closed:
-                return count - 1
-            frame = await _next(stream, self._limits.bounds.frame_seconds)
-            if not isinstance(frame, memoryview):
-                raise InvalidContribution(
-                    f"worker {header.worker_id!r} sent {count - 1} of {len(wanted)} frames of fragment "
-                    f"{header.fragment}, then ended"
-                )
-            self._engine.bytes_in += len(frame)
-            where = f"worker {header.worker_id!r}, fragment {header.fragment}, block {place.first_block}"
-            read = asyncio.get_running_loop().run_in_executor(self._engine.threads, _read, frame, place, where)
-            ticket.assembly.add(place, await read)
-            await _answering(context, self._engine.keeper.keep_frame(ticket, frame), count - 1)
-            if count % ACK_EVERY_FRAMES == 0:
-                await context.write(pb.PushReply(ack=pb.Ack(frames=count)))
-        return len(wanted)
+        if not wanted:
+            return 0
+        async with aclosing(_ahead(stream, self._limits.bounds.frame_seconds, len(wanted))) as messages:
+            async for frame in messages:
+                if ticket.assembly.closed:
+                    break
+                if not isinstance(frame, memoryview):
+                    raise InvalidContribution(
+                        f"worker {header.worker_id!r} sent {count} of {len(wanted)} frames of fragment "
+                        f"{header.fragment}, then ended"
+                    )
+                self._engine.bytes_in += len(frame)
+                where = f"worker {header.worker_id!r}, fragment {header.fragment}, block {wanted[count].first_block}"
+                await self._heavy(_write, ticket.assembly, wanted[count], frame, where)
+                ticket.assembly.hold(wanted[count])
+                self._engine.keeper.keep_frame(ticket, frame)  # nothing comes in between: what is held is kept
+                await _answering(context, self._engine.keeper.room(), count)
+                count += 1
+                if count % ACK_EVERY_FRAMES == 0:
+                    await context.write(pb.PushReply(ack=pb.Ack(frames=count)))
+        return count
 
     # -- Pull --
 
@@ -234,7 +238,7 @@ class Service:
             for cut in cuts:
                 yield await self._heavy(snapshot_frame, snapshot, cut.first, cut.stop)
 
-    async def _heavy(self, work: Callable[..., bytes], *arguments: object) -> bytes:
+    async def _heavy(self, work: Callable[..., T], *arguments: object) -> T:
         """Its result, made in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._engine.threads, work, *arguments)
 
@@ -291,15 +295,16 @@ class _Writer:
             await asyncio.gather(self._write, return_exceptions=True)
 
 
-def _read(data: memoryview, place: Place, where: str) -> Frame:
+def _write(assembly: Assembly, place: Place, data: memoryview, where: str) -> None:
     """Heavy. Raises DamagedFrame for bytes that are not those announced, InvalidContribution for such as are, but no
-    frame that a worker may send."""
+    frame that a worker may send here."""
     if not is_intact(data) or frame_checksum(data) != place.digest:
         raise DamagedFrame(f"{where}: the frame is not the one announced; it was damaged on its way")
     try:
-        return read_frame(data, intact=True)
+        frame = read_frame(data, intact=True)
     except CorruptFrame as error:
         raise InvalidContribution(f"{where}: {error}") from error
+    assembly.write(place, frame)
 
 
 async def _next(stream: AsyncIterator[T | None], seconds: float) -> T | None:
@@ -312,6 +317,21 @@ async def _next(stream: AsyncIterator[T | None], seconds: float) -> T | None:
             return None
     except TimeoutError:
         raise ConnectionClosed(f"nothing has arrived on this stream for {seconds:.0f} s") from None
+
+
+async def _ahead(stream: AsyncIterator[T | None], seconds: float, count: int) -> AsyncGenerator[T | None]:
+    """The next `count` messages, at least one, each as by `_next`. One more is under way while one is dealt with: a
+    peer may send little of what nobody has asked for."""
+    reading = asyncio.ensure_future(_next(stream, seconds))
+    try:
+        for left in range(count, 0, -1):
+            message = await reading
+            if left > 1:
+                reading = asyncio.ensure_future(_next(stream, seconds))
+            yield message
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
 
 async def _answering(context: Context, work: Awaitable[T], acked: int) -> T:

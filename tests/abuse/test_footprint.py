@@ -30,8 +30,8 @@ def test_only_pages_that_are_as_in_the_file_are_let_go() -> None:
 
 def test_the_compiler_works_after_it_was_put_away() -> None:
     code = (
-        "import numba; from diloco_server.footprint import put_compiler_away, return_large_blocks; "
-        "return_large_blocks(); numba.njit(lambda x: x + 1)(1); put_compiler_away(); "
+        "import numba; from diloco_server.footprint import give_back, put_compiler_away, reuse_blocks; "
+        "reuse_blocks(); numba.njit(lambda x: x + 1)(1); put_compiler_away(); give_back(); "
         "print(numba.njit(lambda x: x * 3)(14))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "42\n"
