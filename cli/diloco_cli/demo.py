@@ -21,7 +21,9 @@ def demo_command(**values: Any) -> None:
         from diloco_client.demo.report import table
         from diloco_client.demo.run import run_demo
     except ImportError as error:
-        raise click.ClickException(f"the demo needs more packages ({error}): pip install 'diloco[demo]'") from error
+        raise click.ClickException(
+            f"the demo needs more packages ({error}): pip install '.[demo]' in diloco's folder"
+        ) from error
     with one_line_errors(WRONG_SETTING):
         options = DemoOptions(**values)
     console = Console(stderr=options.json)

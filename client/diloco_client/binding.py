@@ -1,13 +1,14 @@
 """A torch model seen as flat fragments: which tensors take part, and how values go out of them and back in.
 
 A fragment's values are one numpy float32[length] everywhere but in the model. (On a rank of an island they are those of
-its span; see `sharded`.) `capture`, `mix`, `shift` and `adopt` run
+its span; see `island.binding`.) `capture`, `mix`, `shift` and `adopt` run
 on the training thread: copies and one elementwise pass. `delta` runs on the courier's threads; `rebase_change`, which
 is only needed off schedule, on the training thread too.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ class Binding:
     def __init__(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._model = model
         self._replicated = _has_replicas(model)
-        self._optimizers = tuple(optimizers)
+        self._optimizers = tuple(map(weakref.ref, optimizers))
         self._parameters: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, tuple[torch.nn.Module, str]] = {}
         self._frozen: dict[int, str] = {}
@@ -86,7 +87,7 @@ class Binding:
         )
 
     def _find_parameters(self, found: dict[tuple[object, ...], _Found]) -> None:
-        held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for optimizer in self._living() for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             entry = found.setdefault(self._place(parameter), _Found(parameter, Role.FROZEN, []))
             entry.names.append(self._plain_name(name))
@@ -132,7 +133,16 @@ class Binding:
 
         Called at join and again after the first step, when optimizers have made their state.
         """
-        check_optimizers(self._model, self._optimizers, self._frozen)
+        check_optimizers(self._model, self._living(), self._frozen)
+
+    def _living(self) -> list[torch.optim.Optimizer]:
+        """Its optimizers, without those that the trainer has given up for others."""
+        return [optimizer for ref in self._optimizers if (optimizer := ref()) is not None]
+
+    @property
+    def trained(self) -> list[torch.Tensor]:
+        """The tensors that the optimizers train."""
+        return [self._parameters[t.name] for t in self.manifest.tensors if t.role is Role.TRAINED]
 
     def attach(self, layout: Layout) -> None:
         """Settle where each tensor lies in its fragment."""
@@ -181,6 +191,7 @@ class Binding:
                     local.lerp_(value, 1.0 - alpha)
                 else:
                     local.copy_(local.float().lerp_(value, 1.0 - alpha))
+                del value  # else it lasts until the next tensor is put together
 
     @torch.no_grad()
     def shift(self, fragment: int, change: Floats) -> None:
@@ -191,12 +202,14 @@ class Binding:
                     local.add_(value)
                 else:
                     local.copy_(local.float().add_(value))
+                del value
 
     @torch.no_grad()
     def adopt(self, fragment: int, theta: Floats) -> None:
         """local ← θ, rounded to each tensor's dtype."""
         for local, value in self._on_device(fragment, theta):
             local.copy_(value)
+            del value
 
     @torch.no_grad()
     def local_values(self) -> dict[str, torch.Tensor]:
@@ -215,6 +228,11 @@ class Binding:
                 self._tensor(slot.tensor).copy_(values[slot.tensor.name])
 
     # -- any thread --
+
+    def use_device(self) -> None:
+        """Of a thread that begins: what it does with CUDA happens on the model's device, not on the first."""
+        if self.pinned(0):
+            torch.cuda.set_device(self._common_device(0))
 
     def seed_values(self, fragment: int, captured: Captured) -> Floats:
         """The local values as they become version 0: float32, magnitudes under 2^-100 flushed, in place.
@@ -350,6 +368,7 @@ def _host_tensor(length: int, *, pinned: bool, zero: bool = False) -> torch.Tens
 def _fill(flat: torch.Tensor, tensors: Iterable[tuple[int, int, torch.Tensor]]) -> None:
     for offset, end, local in tensors:
         flat[offset:end].view(local.shape).copy_(local, non_blocking=flat.is_cuda)
+        del local  # else it lasts until the next tensor is put together
 
 
 def _has_replicas(model: torch.nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Format, UnencodableValue, digest, pack_frames
 from diloco_proto.errors import DilocoError, RolledBack
+from diloco_proto.frame_messages import frame_message_bytes
 from diloco_proto.manifest import Role
 
 from .binding import Binding
@@ -45,6 +46,8 @@ class Courier:
         self._fetcher = Fetcher(transport, binding, self._credible)
         self._uplink = uplink
         self._identity = identity
+        self._log = log
+        """For what concerns the whole worker."""
         self._count = binding.layout.num_scheduled
         self._flights = Flights(self._count)
         self._changed = threading.Condition()
@@ -57,6 +60,8 @@ class Courier:
         """Whether the training thread must not be kept waiting for fates any more."""
         self._uphill: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         self._downhill: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._queued: set[int] = set()
+        """Fragments that wait for the pull thread."""
         self._threads = [
             threading.Thread(target=self._guard, args=(loop,), name=f"diloco-{name}", daemon=True)
             for name, loop in (("push", self._push_loop), ("pull", self._pull_loop))
@@ -116,18 +121,20 @@ class Courier:
         with self._changed:
             return self._flights.flight(fragment)
 
-    def to_save(self, fragment: int) -> tuple[Base | None, Flight | None]:
-        """Base and contribution under way, as they are in this moment; the contribution a copy, encoded. Waits for no
-        network. The base is None if it is outdated.
+    def encode_all(self) -> None:
+        """Encode every contribution under way, here and now. Waits for no network. Raises NonFiniteParameter."""
+        for fragment in range(self._count):
+            flight = self.flight(fragment)
+            if flight is not None:
+                self._prepare(flight)
 
-        Raises NonFiniteParameter.
-        """
-        flight = self.flight(fragment)
-        if flight is not None:
-            self._prepare(flight)
+    def to_save(self, fragment: int) -> tuple[Base | None, Flight | None]:
+        """Base and contribution under way, as they are in this moment; the contribution a copy, which `encode_all` has
+        encoded. The base is None if it is outdated."""
         with self._changed:
+            flight = self._flights.flight(fragment)
             base = None if self._flights.outdated(fragment) else self._flights.bases[fragment]
-            return base, dataclasses.replace(flight) if flight is not None and self._flights.holds(flight) else None
+            return base, None if flight is None else dataclasses.replace(flight)
 
     def restore(self, fragment: int, base: Base, flight: Flight | None) -> None:
         """Go on with the base and the contribution of a former process; what is newer by now has arrived."""
@@ -147,7 +154,7 @@ class Courier:
         """Wait until `take` has something; not while the server is out of reach or too few workers train for a
         round to close: then the training goes on, and what was pushed is merged later."""
         with record_function("diloco::wait"), self._changed:
-            while not self._flights.settled(fragment) and self._connected and not self._held and not self.hurried():
+            while not (self._flights.settled(fragment) or self._out_of_reach or self._held or self.hurried()):
                 self.raise_fatal()
                 self._changed.wait(1.0)
 
@@ -159,7 +166,7 @@ class Courier:
             while not condition():
                 self.raise_fatal()
                 now = time.monotonic()
-                lost_at = None if self._connected else lost_at or now
+                lost_at = (lost_at or now) if self._out_of_reach else None
                 if (lost_at is not None and now - lost_at > patience) or (limit is not None and now - began > limit):
                     return False
                 self._changed.wait(0.5)
@@ -187,6 +194,11 @@ class Courier:
         if self._fatal is not None:
             raise self._fatal.with_traceback(None) from None
 
+    @property
+    def _out_of_reach(self) -> bool:
+        """The session is lost, or what this process transfers does not get through."""
+        return not self._connected or self._transport.out_of_reach
+
     # -- session thread --
 
     def on_committed(self, event: pb.Committed) -> None:
@@ -211,7 +223,7 @@ class Courier:
         with self._changed:
             former, self._run_id = self._run_id, run_id
             if former and run_id != former:
-                log.warning(
+                self._log.warning(
                     "the run was rolled back and is %s now: what this worker had under way is dropped; it trains on "
                     "and takes the global parameters as soon as they have come",
                     run_id,
@@ -248,7 +260,8 @@ class Courier:
     def _fetch_wanted(self) -> None:
         if self._flights.bases:
             for fragment in range(self._count):
-                if self._to_fetch(fragment)[0]:
+                if fragment not in self._queued and self._to_fetch(fragment)[0]:
+                    self._queued.add(fragment)
                     self._downhill.put(fragment)
 
     def _to_fetch(self, fragment: int) -> tuple[bool, Base | None]:
@@ -260,6 +273,7 @@ class Courier:
 
     def _guard(self, loop: Callable[[], None]) -> None:
         try:
+            self._binding.use_device()
             loop()
         except DilocoError as error:
             self._broken(error)
@@ -307,8 +321,10 @@ class Courier:
                 self._changed.wait(0.5)
 
     def _prepare(self, flight: Flight) -> None:
-        """Encode a contribution unless that has been done. Raises NonFiniteParameter."""
+        """Encode a contribution unless that has been done. Raises NonFiniteParameter, as often as it is called."""
         with self._encoding:
+            if flight.unfit is not None:
+                raise flight.unfit.with_traceback(None)
             if flight.header is None:
                 self._encode(flight)
 
@@ -318,7 +334,7 @@ class Courier:
         if not flight.frames:
             self._pack(flight, span, fmt)
         header = contribution_header(self._identity(), flight, span, fmt, flight.frames)
-        wire = header.ByteSize() + sum(pb.PushRequest(frame=f).ByteSize() for f in flight.frames)
+        wire = header.ByteSize() + sum(frame_message_bytes(len(f)) for f in flight.frames)
         self._transport.counters.contribution(wire, span.parameters)
         flight.header = header
 
@@ -330,7 +346,8 @@ class Courier:
             try:
                 flight.frames = pack_frames(flight.encode(fmt, delta), span.first_block)
             except UnencodableValue as error:
-                raise self._binding.non_finite(flight.fragment, error.index) from error
+                flight.unfit = self._binding.non_finite(flight.fragment, error.index)
+                raise flight.unfit from error
 
     # -- pull thread --
 
@@ -338,6 +355,7 @@ class Courier:
         while (fragment := self._downhill.get()) is not None:
             with self._changed:
                 run_id = self._run_id
+                self._queued.discard(fragment)
                 needed, base = self._to_fetch(fragment)
                 if not needed:
                     continue
@@ -346,14 +364,14 @@ class Courier:
             except RolledBack:
                 self._await_welcome_after(run_id)
                 continue
-            with self._changed:
-                if self._run_id == run_id:
-                    self._fetched(fragment, newer)
-                self._changed.notify_all()
+            self._fetched(fragment, newer, run_id)
 
-    def _fetched(self, fragment: int, newer: Base) -> None:
-        """What a pull has brought is here."""
-        self._flights.on_arrived(fragment, newer)
+    def _fetched(self, fragment: int, newer: Base, run_id: str) -> None:
+        """What a pull has brought is here, of that run."""
+        with self._changed:
+            if self._run_id == run_id:
+                self._flights.on_arrived(fragment, newer)
+            self._changed.notify_all()
 
     def fetch(self, fragment: int, base: Base | None, run_id: str) -> Base:
         """The fragment's newest parameters: by updates on top of `base`, or its snapshot. Raises RolledBack."""

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.utils.data import IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DistributedSampler, IterableDataset, get_worker_info
 
 if TYPE_CHECKING:
     from diloco_client.hook import Outer
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Record = TypeVar("Record")
 
 
-class ShardedSampler(Sampler[int]):
+class ShardedSampler(DistributedSampler[int]):
     """Indices of this worker's share of a data set, for `DataLoader(data, sampler=...)`.
 
     `data` is the data set, or its length. With `shuffle` an epoch goes through a permutation, which follows from `seed`
@@ -31,9 +31,13 @@ class ShardedSampler(Sampler[int]):
     Each iteration is an epoch. The share is looked up when it begins and kept until it ends, so `len` stays true and
     the ranks of an island do not drift apart. Shares differ in length by one record at most; those of ranks in an
     island are cut to equal lengths, for their steps must be in step.
+
+    It is a DistributedSampler, which tells Lightning that the ranks' shares have been divided already.
     """
 
     def __init__(self, outer: Outer, data: Sized | int, *, shuffle: bool = True, seed: int = 0) -> None:
+        records = range(data if isinstance(data, int) else len(data))
+        super().__init__(records, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self._outer, self._data, self._shuffle, self._seed = outer, data, shuffle, seed
         self._epoch = 0
         self._ended = False

@@ -19,8 +19,9 @@ import numpy as np
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Encoded, Format, decode_fragment, encode_fragment
 from diloco_proto.codec.formats import Floats
+from diloco_proto.errors import DilocoError
 
-_KEPT = (pb.OUTCOME_STAGED, pb.OUTCOME_ALREADY_HAVE, pb.OUTCOME_PART_HELD)
+_KEPT = (pb.OUTCOME_STAGED, pb.OUTCOME_ALREADY_HAVE)
 
 
 class Captured(Protocol):
@@ -74,6 +75,8 @@ class Flight:
     missed: bool = False
     """The session broke and was taken up again before the outcome was here: the event of its round may be among those
     of the time in between, which are lost."""
+    unfit: DilocoError | None = None
+    """Why it cannot be encoded, once that was tried."""
     restored: bool = False
     """Captured by a former process of this worker, which left it in its saved state."""
 
@@ -151,13 +154,17 @@ class Flights:
     # -- what is heard --
 
     def on_outcome(self, flight: Flight, outcome: pb.Outcome) -> bool:
-        """The answer to a push. True if it is to be pushed again: the fate is not in the answer, and was perhaps told
-        while nobody heard it."""
+        """The answer to a push. True if it is to be pushed again, and counts as not answered: the fate is not in the
+        answer, and was perhaps told while nobody heard it; or the server has forgotten a part, as it does when it is
+        started anew, so that nobody has completed the contribution."""
         flight.outcome = outcome
         self.announce(flight.fragment, outcome.version)
         self._settle_fate(flight)
         missed, flight.missed = flight.missed, False
-        return missed and flight.counted is None
+        again = flight.counted is None and (missed or outcome.kind == pb.OUTCOME_PART_HELD)
+        if again:
+            flight.outcome = None
+        return again
 
     def on_committed(self, event: pb.Committed) -> None:
         """A round is over."""

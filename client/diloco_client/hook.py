@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.profiler import record_function
 
 from diloco_proto.errors import ConnectionClosed, DilocoError, RunMismatch, ServerUnreachable, StateMismatch
@@ -22,11 +23,13 @@ from diloco_proto.schedule import Schedule
 
 from .link import Link
 from .notice import Notice
+from .optimizers import check_not_captured
 from .replica import Replica, Rules
 from .resume import Saved, account, read, resume, save
 from .stats import Stats
 from .tally import Tally
 from .trainer import Shard
+from .witness import CHANGED_BEFORE, CHANGED_NOW, Witness
 
 log = logging.getLogger("diloco")
 
@@ -69,6 +72,7 @@ class Outer:
             self._begin(link.join(connect_timeout))
             if saved is not None:
                 self._resume(saved)
+            sigterm_seconds = link.of_first(sigterm_seconds)
             if sigterm_seconds is not None:
                 self._tally.notice = Notice(sigterm_seconds)
             self._courier.hurried = lambda: link.notice_left is not None
@@ -80,7 +84,10 @@ class Outer:
         except BaseException:
             link.close("could not join")
             raise
-        self._hook = optimizers[-1].register_step_post_hook(self._after_step)
+        self._witness = Witness(self._binding.trained)
+        before = _disable_dynamo(lambda *_: self._before_step())  # in a compiled step it is no part of the graph
+        self._hooks = [o.register_step_pre_hook(before) for o in optimizers if o.param_groups]
+        self._hooks.append(optimizers[-1].register_step_post_hook(self._after_step))
         log.info("joined run %s at %s as %s", link.run_id, transport.address, link.worker_id)
 
     def _begin(self, start_step: int) -> None:
@@ -229,6 +236,9 @@ class Outer:
         """End fully synchronised: what this worker still holds goes into the run, then its parameters become θ.
         Collective.
 
+        If the parameters were changed since the last inner step, by loading the best checkpoint say, that is no
+        training: what is not under way is not pushed, and a warning says so.
+
         With `together` it also waits until every live worker has flushed, so that all end on the same θ; call it
         so in every worker, or in none. Training may go on afterwards. Raises ServerUnreachable when the server
         stays away for FLUSH_PATIENCE seconds; the model keeps its local parameters then.
@@ -237,7 +247,10 @@ class Outer:
         self._must_be_its_process()
         if self._closed:
             raise ConnectionClosed("this worker has left the run; join again to flush")
-        self._link.sync()
+        self._link.sync(replica.taken)
+        if self._link.anywhere(self._witness.changed_now()):
+            log.warning(CHANGED_NOW)
+            replica.drop_remainders()
         replica.push_remainders()
         self._wait_until(courier.staged)
         self._finishing = True
@@ -251,6 +264,7 @@ class Outer:
             self._wait_until(self._link.everyone_finished)
         replica.merge(early=True)
         replica.adopt_all()
+        self._witness.stepped()
         self._flushed = True
 
     def close(self) -> None:
@@ -274,13 +288,18 @@ class Outer:
             return
         self._closed = True
         self._tally.end()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if self._tally.notice is not None:
             self._tally.notice.restore()
         self._link.forget_replaced()
         self._link.close(reason)
 
-    # -- after each inner step --
+    # -- before and after each inner step --
+
+    def _before_step(self) -> None:
+        check_not_captured()
+        self._witness.begins()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if os.getpid() != self._pid:
@@ -288,8 +307,9 @@ class Outer:
         if self._swapped:
             raise RuntimeError("an inner step within outer.global_parameters(): leave the block before you train on")
         if bool(getattr(optimizer, "found_inf", False)):
+            self._witness.stepped()
             return  # of a GradScaler: the gradients had overflowed, and a fused optimizer has not made this step
-        self._link.sync()
+        self._link.sync(self._joined.taken + 1)
         self._link.forget_replaced()
         if self._finishing:
             self._finishing = self._flushed = False
@@ -297,14 +317,20 @@ class Outer:
         replica = self._joined
         self._heed_pace(replica)
         if replica.taken % self._check_every == 0:
-            self._binding.check_optimizers()
+            self._check()
         for fragment in replica.advance():
             with self._tally.stalled():
                 self._courier.wait(fragment)
         self._heed_pace(replica)  # it comes with the round that was waited for, and holds from this merge on
         replica.merge()
+        self._witness.stepped()
         if self._link.notice_left is not None:
             self._leave_on_notice(self._link.notice_left)
+
+    def _check(self) -> None:  # not in each step
+        self._binding.check_optimizers()
+        if self._witness.changed_at_times():
+            log.warning(CHANGED_BEFORE)
 
     def _heed_pace(self, replica: Replica) -> None:
         if self._link.pace is not None:

@@ -110,7 +110,7 @@ def _link(
 ) -> tuple[Link, Saved | None]:
     """The link to join by, and the state of a former process that is taken up."""
     if dist.is_available() and dist.is_initialized():
-        from .islands import find, island_link  # what these import of torch takes long: not for plain workers
+        from .island.entry import find, island_link  # what these import of torch takes long: not for plain workers
 
         found = find(model, island)
         if found is not None:

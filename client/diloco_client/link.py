@@ -25,18 +25,13 @@ from .binding import Binding
 from .courier import Courier
 from .first import First
 from .flights import Base
-from .session import Membership, Session
+from .session import Membership, Session, stem
 from .trainer import Idle, Shard, Trainer
 from .transport import Transport
 
 T = TypeVar("T")
 
 log = logging.getLogger("diloco")
-
-
-def stem(run_id: str) -> str:
-    """A run id without its lineage: `STEM` at first, `STEM.N` after the n-th rollback."""
-    return run_id.partition(".")[0]
 
 
 class Link:
@@ -48,6 +43,8 @@ class Link:
     def __init__(
         self, transport: Transport, binding: Binding, worker_id: str, generation: int, former_run: str = ""
     ) -> None:
+        self.log = log
+        """For what concerns the whole worker."""
         self._transport = transport
         self._binding = binding
         self._former_run = former_run
@@ -147,8 +144,8 @@ class Link:
 
     # -- what the training thread asks, of the whole worker --
 
-    def sync(self) -> None:
-        """Before the training goes on. Raises what has gone wrong meanwhile."""
+    def sync(self, step: int) -> None:
+        """After inner step `step`, before the training goes on. Raises what has gone wrong meanwhile."""
         self.courier.raise_fatal()
 
     def report(self, tokens: int | None, loss: float | None) -> None:
@@ -168,6 +165,14 @@ class Link:
     def anywhere(self, here: bool) -> bool:
         """Whether something is so for any of the worker's processes."""
         return here
+
+    def of_first(self, value: T) -> T:
+        """What the first of the worker's processes has, of what JSON can say."""
+        return value
+
+    def odd_one(self, value: Any) -> int | None:
+        """The first of the worker's processes that has another value than the first of all, if there is one."""
+        return None
 
     def digest(self, fragment: int, base: Base) -> int:
         """Of the whole fragment, as the worker's processes hold it."""
@@ -278,9 +283,8 @@ class Link:
                 seeds = first.seed()
             except InvalidContribution as error:
                 log.warning("this worker's seed is no longer wanted: %s", error)
-        count = len(self.layout.fragments)
         known = (self._versions or {}).get
-        return [first.base(p, known(p), seeds[p] if seeds else None) for p in range(count)]
+        return [first.base(p, known(p), seeds[p] if seeds else None) for p in range(len(self.layout.fragments))]
 
     def _replace(self, index: int, base: Base) -> None:
         """Adopt the global values. The local ones are kept where they differ: a saved state may be theirs."""
@@ -329,7 +333,7 @@ class Link:
     def _on_another_run(self, former: str, now: str) -> None:
         """The server was started anew, and this worker had said hello to whatever run there is."""
         if not self._entered:
-            log.warning("run %s had no parameters yet and is no more; joining run %s instead", former, now)
+            self.log.warning("run %s had no parameters yet and is no more; joining run %s instead", former, now)
             return
         self._fatal = RunMismatch(
             f"the server at {self._transport.address} was started anew while this worker joined run {former}, and runs "
@@ -354,11 +358,8 @@ class Link:
                     self._hold(False)
                 case "waiting":
                     if event.waiting.ready < event.waiting.needed:
-                        log.warning(
-                            "%d of %d workers are here; no round closes until the others have joined",
-                            event.waiting.ready,
-                            event.waiting.needed,
-                        )
+                        text = "%d of %d workers are here; no round closes until the others have joined"
+                        self.log.warning(text, event.waiting.ready, event.waiting.needed)
                     self._hold(True)
                 case "all_finished":
                     self._on_all_finished(event.all_finished)
@@ -367,7 +368,7 @@ class Link:
                 case "shard":
                     self.shard = Shard(event.shard.index, event.shard.count)
                 case "stop":
-                    log.warning("the run has reached its end: %s", event.stop.reason)
+                    self.log.warning("the run has reached its end: %s", event.stop.reason)
                     self.stopped = event.stop.reason
                 case "draining":
                     log.debug("the server drains: %s", event.draining.reason)  # the session says so when it is lost

@@ -58,6 +58,8 @@ class Notice:
         elif self._former == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
+            if os.getpid() == 1:  # to which the kernel does not deliver it: the first process of a container
+                raise SystemExit(128 + signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._over or self._received_at is not None or os.getpid() != self._pid:

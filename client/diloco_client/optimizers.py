@@ -37,6 +37,16 @@ def inner_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+def check_not_captured() -> None:
+    """Raises UnsupportedModel while a CUDA graph is captured: the steps of its replays are not seen."""
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if begun and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedModel(
+            "the optimizer's step is captured in a CUDA graph, whose replays cannot be counted and within which no "
+            "parameters can be merged. Capture the forward and backward passes alone"
+        )
+
+
 def check_optimizers(
     model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], frozen: Mapping[int, str]
 ) -> None:

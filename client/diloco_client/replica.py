@@ -118,6 +118,7 @@ class Replica:
         self._schedule = rules.schedule
         self._wanted_pace = rules.schedule.sync_every
         self._owes = False
+        self._dropped = 0
         self._origin, self._k = 0, start_step
         self._tokens: int | None = None
         self._uncounted = [Uncounted(0, 0, base.version, base.version - 1) for base in carrier.bases]
@@ -232,14 +233,19 @@ class Replica:
     def push_remainders(self) -> None:
         """Push what was not counted yet, of every fragment that has no contribution under way."""
         for fragment in range(self._count):
-            if self.taken > self._uncounted[fragment].step and self._carrier.flight(fragment) is None:
+            begun = max(self._dropped, self._uncounted[fragment].step)
+            if self.taken > begun and self._carrier.flight(fragment) is None:
                 self._push(fragment, NEVER)
+
+    def drop_remainders(self) -> None:
+        """The local values are no longer those of the inner steps: none of what is not under way is to be pushed."""
+        self._dropped = self.taken
 
     @property
     def all_pushed(self) -> bool:
         """Every inner step of every fragment is counted or under way; what the run has refused is neither."""
         flights = [self._carrier.flight(p) for p in range(self._count)]
-        return all(
+        return self.taken == self._dropped or all(
             self.taken <= (uncounted.step if flight is None or flight.counted is False else flight.step)
             for uncounted, flight in zip(self._uncounted, flights, strict=True)
         )

@@ -45,8 +45,9 @@ from diloco_proto.manifest import Role
 
 from .binding import Binding
 from .flights import Base, Flight
-from .link import Link, stem
+from .link import Link
 from .replica import Progress, Replica, Uncounted
+from .session import stem
 from .spans import Span
 from .stats import Spent
 
@@ -103,6 +104,13 @@ class Saved:
     spent: Spent
     fragments: tuple[SavedFragment, ...]
 
+    @property
+    def place(self) -> list[Any]:
+        """Where the worker was: the same in what all ranks of an island have saved at one time."""
+        flights = [f.flight and (f.flight.step, f.flight.counted) for f in self.fragments]
+        versions = [f.base.version for f in self.fragments]
+        return [self.worker_id, self.run_id, asdict(self.progress), versions, flights]
+
 
 def new_generation(saved: Saved | None) -> int:
     """Of a process that begins now, and perhaps takes up a state: larger than those of all former ones."""
@@ -117,6 +125,7 @@ def save(link: Link, replica: Replica, binding: Binding, spent: Spent) -> dict[s
 
     Raises NonFiniteParameter, if a contribution that is to be pushed cannot be.
     """
+    link.do(link.courier.encode_all)
     fragments, run_id = {}, link.courier.run_id
     for fragment in link.layout.scheduled:
         fmt = Format.FP32 if fragment.role is Role.BUFFER else Format(link.settings.uplink_codec)
@@ -288,7 +297,8 @@ def resume(saved: Saved, link: Link, replica: Replica, binding: Binding) -> None
     The model must hold the local values that go with the state, or have held them when it joined. Raises
     StateMismatch, and changes nothing, if the state is of another worker, run or model, or they are not there.
     """
-    _check(saved, link, replica, binding)
+    link.do(lambda: _check(saved, link, replica, binding))
+    check_same(link.odd_one(saved.place))
     courier = link.courier
     same_lineage = saved.run_id == link.run_id
     newest = [courier.newest(p) for p in range(len(saved.fragments))]
@@ -317,6 +327,15 @@ def account(link: Link, replica: Replica) -> None:
     for p, standing in link.standings.items():
         if standing.HasField("staged_base"):
             replica.account(p, standing.staged_base)
+
+
+def check_same(other: int | None) -> None:
+    """Raises StateMismatch if a rank of an island has another state than the first: that `other`."""
+    if other is not None:
+        raise StateMismatch(
+            f"rank {other} of this island takes up another state than rank 0: all must have that of one checkpoint, or "
+            "none"
+        )
 
 
 def _check(saved: Saved, link: Link, replica: Replica, binding: Binding) -> None:
@@ -366,7 +385,7 @@ def _tell(saved: Saved, link: Link, same_lineage: bool, kept: Mapping[int, Saved
     elif given_up:
         listed = ", ".join(map(str, given_up))
         what = f"of fragments {listed} it takes the global parameters, which have later work of it"
-    log.log(
+    link.log.log(
         logging.WARNING if given_up else logging.INFO,
         "worker %s resumes in run %s from its state at inner step %d; %s",
         saved.worker_id,

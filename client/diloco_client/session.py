@@ -26,6 +26,11 @@ LEAST_SILENCE = 5.0
 """Seconds. With a shorter lease a busy machine would look like a broken link."""
 
 
+def stem(run_id: str) -> str:
+    """A run id without its lineage: `STEM` at first, `STEM.N` after the n-th rollback."""
+    return run_id.partition(".")[0]
+
+
 class Membership(Protocol):
     """A worker's place in a run, as one of its processes has it."""
 

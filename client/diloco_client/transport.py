@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.errors import ServerUnreachable
+from diloco_proto.errors import DilocoError, ServerUnreachable
 from diloco_proto.wire import error_from_rpc
 
 from .connect import Connector
@@ -30,6 +30,10 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 log = logging.getLogger("diloco")
+
+FAILING_SECONDS = 5.0
+"""So long the attempts of a transfer may fail before the server counts as out of reach: what breaks off is mostly taken
+up again at once."""
 
 __all__ = ["RETRY_LATER", "Counters", "PulledItem", "Retry", "Transport"]
 
@@ -53,6 +57,8 @@ class Transport:
         self.retry = retry or Retry()
         self.network = network or Network()
         self._lines = Lines(self._connector, self.network)
+        self._failing: dict[object, float] = {}
+        """Transfers whose last attempts came to nothing for lack of a connection: since when."""
 
     @property
     def address(self) -> str:
@@ -62,6 +68,12 @@ class Transport:
     @property
     def counters(self) -> Counters:
         return self._lines.counters
+
+    @property
+    def out_of_reach(self) -> bool:
+        """A transfer has had no connection for more than FAILING_SECONDS."""
+        since = min(tuple(self._failing.values()), default=None)
+        return since is not None and time.monotonic() - since > FAILING_SECONDS
 
     @property
     def closed(self) -> threading.Event:
@@ -141,11 +153,21 @@ class Transport:
             raise ServerUnreachable(f"no diloco-server answered at {self.address} within {timeout:.0f} s") from error
 
     def _retrying(self, stripe: Stripe[T], patience: float | None = None) -> T:
+        try:
+            return self._attempts(stripe, patience)
+        finally:
+            self._failing.pop(stripe, None)
+
+    def _attempts(self, stripe: Stripe[T], patience: float | None) -> T:
         count, began, progress = 0, time.monotonic(), 0
         while True:
             try:
                 return stripe.attempt()
             except (ConnectionError, *RETRY_LATER) as error:
+                if stripe.progress > progress or isinstance(error, DilocoError):  # the server was there
+                    self._failing.pop(stripe, None)
+                else:
+                    self._failing.setdefault(stripe, time.monotonic())
                 if stripe.progress > progress:
                     count, progress = 0, stripe.progress
                 level = logging.INFO if count == 0 else logging.DEBUG

@@ -38,7 +38,9 @@ class Bounds:
     peer: tuple[tuple[Stream, int], ...] = (
         (Stream.UNNAMED, 256),
         (Stream.SESSION, 4),  # those of one worker, of which the newest counts
-        (Stream.PUSH, 64),  # 8 connections; and those that were given up, until that is noticed
+        # Up to 8 connections of each of an island's ranks, and those that were given up, until that is noticed. Half of
+        # what all peers may have, so that no worker keeps the others out.
+        (Stream.PUSH, 512),
         (Stream.PULL, 512),
     )
     """Of one worker, or of one address where a stream has no name: unnamed ones and pulls."""

@@ -44,6 +44,7 @@ def train(
 def in_a_fork(outer: Any, optimizer: torch.optim.Optimizer, answers: Any) -> None:
     """What a forked child may do, and what it is told that it may not."""
     found = {"shard": outer.shard.count, "id": outer.worker_id, "steps": outer.stats.steps, "stop": outer.should_stop}
+    optimizer.zero_grad()  # the parameters are in shared memory by now, since a worker was spawned with them
     optimizer.step()
     for name in ("flush", "state_dict", "base_digests", "global_state_dict"):
         try:

@@ -192,3 +192,23 @@ def test_a_process_ends_by_the_signal_and_all_of_its_steps_count() -> None:
         for steps in counted_steps(server.address):
             assert steps - last in (0, 1), "the signal may end the process before the last step is printed"
     assert "the server has all of its work" in errors
+
+
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+
+
+@pytest.mark.skipif(subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0, reason="no namespaces")
+def test_the_first_process_of_a_container_ends_too() -> None:
+    """The kernel does not deliver it a SIGTERM that nobody handles."""
+    script = """
+import os, signal
+from diloco_client.notice import Notice
+assert os.getpid() == 1
+notice = Notice(5.0)
+signal.raise_signal(signal.SIGTERM)
+assert notice.left is not None
+notice.pass_on()
+print("went on")
+"""
+    done = subprocess.run([*NAMESPACE, sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (143, ""), done.stderr

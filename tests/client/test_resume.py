@@ -107,6 +107,7 @@ class Worker:
         while not courier.none_in_flight():
             assert courier.wait_until(courier.anything_ready, 30, 30)
             self.outer._replica.merge(early=True)
+        self.outer._witness.stepped()
 
 
 @pytest.fixture(autouse=True)

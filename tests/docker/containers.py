@@ -24,8 +24,8 @@ from dockerfile_parse import DockerfileParser
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "docker"
 PORT = 50051
-OURS = ("PATH", "NUMBA_CACHE_DIR")
-"""Variables of the images that are not taken: programs and compiled kernels are those of this machine."""
+OURS = ("PATH", "NUMBA_CACHE_DIR", "PYTHONDONTWRITEBYTECODE")
+"""Variables of the images that are not taken: programs, compiled kernels and bytecode are those of this machine."""
 
 
 @dataclass(frozen=True)

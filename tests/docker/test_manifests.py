@@ -148,6 +148,7 @@ def test_pods_of_the_workers() -> None:
     assert job["completionMode"] == "Indexed"
     assert job["parallelism"] == job["completions"] == 4
     assert pod["terminationGracePeriodSeconds"] > notice_of_the_example()
+    assert pod["shareProcessNamespace"] is True
     (url_file,) = (Path(each["value"]) for each in container["env"] if each["name"] == "DILOCO_URL_FILE")
     (mount,) = (m for m in container["volumeMounts"] if m["mountPath"] == str(url_file.parent))
     (volume,) = (v for v in pod["volumes"] if v["name"] == mount["name"])

@@ -17,11 +17,12 @@ import diloco_client
 from diloco_server import RunConfig, serve
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "unmodified" / "train.py"
-STEPS = 500
+STEPS = 250
 SETTINGS = [
-    *("--steps", str(STEPS), "--batch-size", "4", "--lr", "6e-3", "--warmup", "40"),
-    *("--context", "32", "--layers", "2", "--width", "48", "--eval-every", "1000", "--eval-batches", "16"),
+    *("--steps", str(STEPS), "--batch-size", "2", "--lr", "6e-3", "--warmup", "20"),
+    *("--context", "32", "--layers", "2", "--width", "48", "--eval-every", str(STEPS), "--device", "cpu"),
 ]
+"""Little data in each step and a learning rate that stays high: there is noise, of which two workers see more."""
 
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -34,7 +35,7 @@ def start() -> Iterator[Start]:
 
     def start(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*launcher, sys.executable, str(SCRIPT), *SETTINGS, "--device", "cpu", *arguments],
+            [*launcher, sys.executable, str(SCRIPT), *SETTINGS, *arguments],
             cwd=folder,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -60,13 +61,13 @@ def loss_of(process: subprocess.Popen[str]) -> float:
 
 def test_it_knows_nothing_of_diloco() -> None:
     assert "diloco" not in SCRIPT.read_text().lower()
-    assert len(SCRIPT.read_text().splitlines()) < 150
+    assert len(SCRIPT.read_text().splitlines()) < 80
 
 
 @pytest.mark.timeout(300)
 def test_two_unmodified_workers_do_better_than_one_alone(start: Start, tmp_path: Path) -> None:
-    config = RunConfig(sync_every=10, num_fragments=2, overlap_steps=2, min_workers=2, grace_seconds="inf")
-    with serve(config) as server:
+    rounds = {"sync_every": 10, "num_fragments": 2, "overlap_steps": 2, "min_workers": 2, "grace_seconds": "inf"}
+    with serve(RunConfig(**rounds, outer_lr=1.0, outer_momentum=0.0)) as server:  # plain means: the run is short
         run = (sys.executable, "-m", "diloco_cli.client", "run", "--server", server.address, "--together")
         launcher = (*run, "--log-level", "warning", "--export", "theta.safetensors", "--")
         folders = [tmp_path / "first", tmp_path / "second"]
@@ -81,23 +82,23 @@ def test_two_unmodified_workers_do_better_than_one_alone(start: Start, tmp_path:
 
     first, second = (load_file(folder / "theta.safetensors") for folder in folders)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    checkpoint = torch.load(folders[0] / "out" / "checkpoint.pt")
+    checkpoint = torch.load(folders[0] / "checkpoint.pt")
     assert checkpoint["step"] == STEPS
     checkpoint["model"].update(first)
     torch.save(checkpoint, tmp_path / "theta.pt")
-    evaluated, lone = start(tmp_path, "--resume", "theta.pt", "--eval-only"), start(tmp_path, "--out", "alone")
+    evaluated, lone = start(tmp_path, "--resume", "theta.pt", "--eval-only"), start(tmp_path, "--save", "alone.pt")
     together, alone = loss_of(evaluated), loss_of(lone)
-    assert together < alone - 0.02, (together, alone, local)
+    assert together < alone - 0.05, (together, alone, local)
 
 
 def test_its_switches_work_under_the_launcher(start: Start, tmp_path: Path) -> None:
     """float16 with a scaler, accumulation and its own checkpoint, from which a second process goes on."""
-    small = ("--layers", "1", "--width", "16", "--eval-batches", "1")
+    small = ("--layers", "1", "--width", "16", "--context", "8", "--eval-every", "8")
     short = (*small, "--steps", "8", "--dtype", "float16", "--accumulate", "2")
     with serve(RunConfig(sync_every=4, num_fragments=2, overlap_steps=1)) as server:
         launcher = (sys.executable, "-m", "diloco_cli.client", "run", "--server", server.address, "--")
         assert loss_of(start(tmp_path, *short, launcher=launcher)) < 7
-        longer = (*short, "--steps", "12", "--resume", "out/checkpoint.pt")
+        longer = (*short, "--steps", "12", "--resume", "checkpoint.pt")
         assert loss_of(start(tmp_path, *longer, launcher=launcher)) < 7
         first, second = diloco_client.status(server.address)["workers"]
     assert 0 < second["steps"] <= 3

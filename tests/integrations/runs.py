@@ -64,6 +64,7 @@ def settle(outer: diloco_client.Outer) -> None:
     while not courier.none_in_flight():
         assert courier.wait_until(courier.anything_ready, 30, 30)
         outer._replica.merge(early=True)
+    outer._witness.stepped()
 
 
 def worker_states(address: str) -> dict[str, str]:

@@ -380,7 +380,7 @@ class TestSigterm:
 def test_without_lightning_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     monkeypatch.delitem(sys.modules, "diloco_client.integrations.lightning")
-    with pytest.raises(ImportError, match=r"pip install 'diloco\[lightning\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[lightning\]'"):
         importlib.import_module("diloco_client.integrations.lightning")
 
 

@@ -395,5 +395,5 @@ class TestRefused:
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "diloco_client.integrations.transformers")
-    with pytest.raises(ImportError, match=r"pip install 'diloco\[hf\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[hf\]'"):
         importlib.import_module("diloco_client.integrations.transformers")

@@ -8,24 +8,22 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import trainee
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Else the ranks that torchrun starts anew find the gloo addresses of the former ones in its store (torch 2.13)."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "diloco_client.islands",
-        "diloco_client.joining",
-        "torch._dynamo",
-        "torch.distributed.checkpoint.state_dict",
-        "torch.distributed.tensor.parallel",
-    ]
-)
+_CONTEXT.set_forkserver_preload(["warm"])
 
 
 def run_rank(rank: int, size: int, port: int, arguments: list[str]) -> None:
@@ -50,14 +48,61 @@ def _call(module: str, function: str, arguments: tuple[Any, ...]) -> None:
     getattr(importlib.import_module(module), function)(*arguments)
 
 
-def ranks_of(module: str, function: str, arguments: list[tuple[Any, ...]]) -> list[BaseProcess]:
+def _start_forkserver() -> None:
+    """It has to find `warm`, and what that imports; of its own it does not look where pytest does."""
+    former = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if former is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = former
+
+
+def ranks_of(module: str, function: str, arguments: list[tuple[Any, ...]], *, daemon: bool = True) -> list[BaseProcess]:
     """One process for each of `arguments`, which calls that function; started."""
     processes: list[BaseProcess] = [
-        _CONTEXT.Process(target=_call, args=(module, function, a), daemon=True) for a in arguments
+        _CONTEXT.Process(target=_call, args=(module, function, a), daemon=daemon) for a in arguments
     ]
+    _start_forkserver()
     for process in processes:
         process.start()
     return processes
+
+
+def words_of(kind: str, address: str, out: Path, options: dict[str, object]) -> list[str]:
+    named = [[f"--{k}"] if v is True else [f"--{k}", str(v)] for k, v in options.items()]
+    return [kind, address, str(out), *(word for pair in named for word in pair)]
+
+
+def run_agent(size: int, arguments: list[str]) -> None:
+    """What torchrun does with --standalone --max-restarts 1; its ranks are forked, as all others here."""
+    os.environ |= FRESH_STORE
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id="standalone",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, trainee.main)(arguments)
+
+
+@contextmanager
+def torchrun(kind: str, size: int, address: str, out: Path, **options: object) -> Iterator[BaseProcess]:
+    """The agent's process. None of its ranks survives the block."""
+    (agent,) = ranks_of("ranks", "run_agent", [(size, words_of(kind, address, out, options))], daemon=False)
+    try:
+        yield agent
+    finally:
+        agent.terminate()  # then it ends its ranks
+        agent.join()
 
 
 class Started:
@@ -65,8 +110,7 @@ class Started:
 
     def __init__(self, kind: str, size: int, address: str, out: Path, **options: object) -> None:
         port = free_port()
-        named = [[f"--{k}"] if v is True else [f"--{k}", str(v)] for k, v in options.items()]
-        arguments = [kind, address, str(out), *(word for pair in named for word in pair)]
+        arguments = words_of(kind, address, out, options)
         self.out = out
         self.processes = ranks_of("ranks", "run_rank", [(rank, size, port, arguments) for rank in range(size)])
 

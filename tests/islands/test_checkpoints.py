@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trainee
-from ranks import Site, results, site
+from ranks import Site, results, site, torchrun
 from test_islands import QUICK, digests, until, workers
 
 import diloco_client
-from diloco_client.island_link import unlabelled
+from diloco_client.island.link import unlabelled
 from diloco_client.resume import read
 from diloco_proto.errors import StateMismatch
 from diloco_server import RunConfig, serve
 
 SAVED_AT = 11
 """Between a push and its merge."""
-
-
-FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Else the ranks that torchrun starts anew find the gloo addresses of the former ones in its store (torch 2.13)."""
 
 
 @pytest.fixture
@@ -72,33 +64,23 @@ def test_a_state_of_other_ranks_is_refused_by_name() -> None:
         read(state)
 
 
-@pytest.mark.timeout(240)  # five processes import torch one after another
 def test_torchrun_starts_an_island_anew_and_it_is_the_same_worker(here: Site) -> None:
     """A rank kills itself; the agent ends the others and starts all again. The run has gone on meanwhile."""
     with serve(RunConfig(**QUICK | {"grace_seconds": 1.0}, lease_seconds=3.0)) as server:
         flag, out = here.folder / "flag", here.folder / "island"
         plain = here.start("plain", 1, server.address, "plain", steps=100_000, pace=0.1, flag=flag)
         until(lambda: "plain" in workers(server.address), "the first worker")
-        script = [trainee.__file__, "fsdp", server.address, str(out), "--flag", str(flag), "--steps", "100000"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        with subprocess.Popen(
-            [*command, "--max-restarts=1", *script, "--pace", "0.02", "--die_at", "20"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | FRESH_STORE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as torchrun:
-            try:
-                died = here.folder / "island.died"
-                until(died.exists, "the rank's death")
-                (name,) = workers(server.address).keys() - {"plain"}
-                before = workers(server.address)[name]["counted"]
-                until(lambda: workers(server.address)[name]["counted"] > before + 4, "the island's return")
-                assert workers(server.address).keys() == {"plain", name}
-                flag.touch()
-                _, said = torchrun.communicate(timeout=60)
-                assert torchrun.returncode == 0, said
-            finally:
-                torchrun.kill()
+        options = {"flag": flag, "steps": 100_000, "pace": 0.02, "die_at": 20}
+        with torchrun("fsdp", 2, server.address, out, **options) as agent:
+            died = here.folder / "island.died"
+            until(died.exists, "the rank's death")
+            (name,) = workers(server.address).keys() - {"plain"}
+            before = workers(server.address)[name]["counted"]
+            until(lambda: workers(server.address)[name]["counted"] > before + 4, "the island's return")
+            assert workers(server.address).keys() == {"plain", name}
+            flag.touch()
+            agent.join(60)
+            assert agent.exitcode == 0
         ranks = [*results(out, 2), *plain.results()]
         assert all(rank["digests"] == digests(server.address) for rank in ranks)
         assert all(rank["theta"] == ranks[0]["theta"] for rank in ranks)

@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import diloco_client
+import diloco_client.transport
+from diloco_client.transport import Retry
 
 
 class Net(nn.Module):
@@ -141,7 +143,7 @@ class Trainee:
 
     def run(self) -> dict[str, Any]:
         o = self.o
-        options = {} if not o.sigterm else {"sigterm_seconds": o.sigterm}
+        options = {"sigterm_seconds": o.sigterm} if o.sigterm and self.rank == 0 else {}  # it counts for all
         if o.load:
             get_state_dict(self.model, self.optimizer)  # makes the optimizer's state, by a step that is none
         with diloco_client.join(o.address, self.model, self.optimizer, worker_id=o.name, **options) as outer:
@@ -183,6 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--norm", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    diloco_client.transport.Retry = lambda: Retry(first=0.02, cap=0.2)  # type: ignore[misc,assignment]
     if options.kind != "plain":
         dist.init_process_group("gloo")
     trainee = Trainee(options)

@@ -38,31 +38,30 @@ def version(server) -> int:
     return diloco_client.status(server.address)["fragments"][0]["version"]
 
 
-def test_an_exception_leaves_without_a_flush(script, run) -> None:
-    path = script(TRAIN + "    raise RuntimeError('its own')\n")
+def test_an_exception_leaves_without_a_flush(launched) -> None:
     with serve(RunConfig(**ONE_ROUND)) as server:
-        done = run("--server", server.address, "--", PYTHON, path)
+        done = launched(server.address, TRAIN + "    raise RuntimeError('its own')\n")
         assert (done.returncode, version(server)) == (1, 0), done.stderr
     assert "RuntimeError: its own" in done.stderr
     assert "without a flush" in done.stderr
 
 
-def test_the_run_ends_and_the_script_with_it(script, run, tmp_path: Path) -> None:
-    path = script(TRAIN + "    while True: step()\n")
+def test_the_run_ends_and_the_script_with_it(launched, tmp_path: Path) -> None:
     with serve(RunConfig(sync_every=2, num_fragments=1, overlap_steps=1, stop_after_rounds=3)) as server:
-        done = run("--server", server.address, "--export", "theta.safetensors", "--", PYTHON, path)
+        theta = tmp_path / "theta.safetensors"
+        done = launched(server.address, TRAIN + "    while True: step()\n", export=theta)
         assert done.returncode == 0, done.stderr
         diloco_client.export(server.address, tmp_path / "of-server.safetensors")
     assert "the script ends here" in done.stderr
-    mine, its = load_file(tmp_path / "theta.safetensors"), load_file(tmp_path / "of-server.safetensors")
+    mine, its = load_file(theta), load_file(tmp_path / "of-server.safetensors")
     assert mine.keys() == its.keys()
     assert all(torch.equal(mine[name], its[name]) for name in its)
 
 
-def test_the_run_ends_and_the_script_goes_on(script, run) -> None:
-    path = script(TRAIN + "    for _ in range(20): step()\n    print('its own end')\n")
+def test_the_run_ends_and_the_script_goes_on(launched) -> None:
+    more = "    for _ in range(20): step()\n    print('its own end')\n"
     with serve(RunConfig(sync_every=2, num_fragments=1, overlap_steps=1, stop_after_rounds=2)) as server:
-        done = run("--server", server.address, "--stop", "continue", "--", PYTHON, path)
+        done = launched(server.address, TRAIN + more, stop="continue")
         (worker,) = diloco_client.status(server.address)["workers"]
     assert (done.returncode, done.stdout) == (0, "its own end\n"), done.stderr
     assert "goes on alone" in done.stderr

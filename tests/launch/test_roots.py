@@ -78,6 +78,7 @@ def test_a_traced_copy_with_the_same_parameters_does_not_count() -> None:
     traced = torch.fx.symbolic_trace(net)
     assert find_trained([sgd(*traced.parameters())]).module is net
     alone = torch.fx.symbolic_trace(Net())
+    gc.collect()
     assert find_trained([sgd(*alone.parameters())]).module is alone
 
 
@@ -135,5 +136,6 @@ def test_optimizers_that_the_collector_does_not_see_are_found() -> None:
     try:
         assert any(o is optimizer for o in living_optimizers())
         assert find_trained([optimizer]).module is net
+        assert gc.get_freeze_count() > 0, "and are out of its sight again"
     finally:
         gc.unfreeze()

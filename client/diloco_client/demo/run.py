@@ -45,7 +45,7 @@ def run_demo(options: DemoOptions, server_command: Sequence[str], console: Conso
     """
     started = time.monotonic()
     if importlib.util.find_spec("matplotlib") is None:
-        raise DemoError("the demo draws with matplotlib, which is missing: pip install 'diloco[demo]'")
+        raise DemoError("the demo draws with matplotlib, which is missing: pip install '.[demo]' in diloco's folder")
     if console is None:
         console = Console(stderr=options.json)
     logs = options.out / "logs"

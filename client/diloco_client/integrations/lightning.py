@@ -1,4 +1,4 @@
-"""A Lightning `Trainer` as a worker: `pip install 'diloco[lightning]'`; docs/integrations.md."""
+"""A Lightning `Trainer` as a worker: the extra `lightning`; docs/integrations.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ try:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 except ImportError as error:
     raise ImportError(
-        f"diloco_client.integrations.lightning needs Lightning ({error}): pip install 'diloco[lightning]'"
+        f"diloco_client.integrations.lightning needs Lightning ({error}): pip install '.[lightning]' in diloco's folder"
     ) from error
 
 
@@ -63,6 +63,7 @@ class DilocoCallback(Asked, Callback):
         self._saved: dict[str, Any] | None = None
         self._tokens = 0
         self._stepped = False
+        self._hosts: dist.ProcessGroup | None = None
 
     # -- begin and end --
 
@@ -78,7 +79,7 @@ class DilocoCallback(Asked, Callback):
             self._join(trainer)
 
     def _join(self, trainer: Trainer) -> None:
-        saved, self._saved = self._saved, None
+        saved, self._saved, self._hosts = self._saved, None, None
         assert trainer.model is not None
         self._membership.join(trainer.model, trainer.optimizers, saved, str(trainer.ckpt_path or ""))
         self._tokens, self._stepped = 0, False
@@ -99,8 +100,19 @@ class DilocoCallback(Asked, Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._membership.end_evaluation()  # what the checkpoint has by now are references to the model's parameters
         outer = self._membership.outer
-        if outer is not None:
-            checkpoint[STATE] = of_all_ranks(outer.state_dict(), trainer.world_size)
+        if outer is not None and not (outer.closed and trainer.world_size > 1):  # the ranks must be together for it
+            checkpoint[STATE] = self._of_all_ranks(outer.state_dict(), trainer.world_size)
+
+    def _of_all_ranks(self, state: dict[str, Any], world_size: int) -> dict[str, Any]:
+        """The parts of all ranks of a worker, on the first of them, which writes the checkpoint. They go from host
+        memory to host memory: NCCL would take all of them through the first GPU."""
+        if world_size == 1:
+            return state
+        if self._hosts is None:
+            self._hosts = dist.new_group(backend="gloo")
+        parts: list[dict[str, Any]] | None = [{} for _ in range(world_size)] if dist.get_rank() == 0 else None
+        dist.gather_object(state, parts, group=self._hosts)
+        return {rank: part for each in parts or [state] for rank, part in each.items()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get(STATE)
@@ -151,15 +163,6 @@ class DilocoCallback(Asked, Callback):
             for logger in trainer.loggers:
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as Lightning logs its own metrics
                 logger.log_metrics({"diloco/global_loss": float(loss)}, step=step)
-
-
-def of_all_ranks(state: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """The parts of all ranks of a worker, on the first of them, which writes the checkpoint."""
-    if world_size == 1:
-        return state
-    parts: list[dict[str, Any]] | None = [{} for _ in range(world_size)] if dist.get_rank() == 0 else None
-    dist.gather_object(state, parts)
-    return {rank: part for each in parts or [state] for rank, part in each.items()}
 
 
 def examples(batch: Any) -> int:

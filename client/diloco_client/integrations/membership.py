@@ -207,7 +207,7 @@ class Asked:
 
     @property
     def rank_shard(self) -> Shard:
-        """`outer.rank_shard`, likewise."""
+        """`outer.rank_shard`, likewise; what a trainer divides among the ranks by itself is not divided here."""
         return self.outer.rank_shard
 
     @property

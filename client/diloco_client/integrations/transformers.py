@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` as a worker: `pip install 'diloco[hf]'`; docs/integrations.md."""
+"""A `transformers.Trainer` as a worker: the extra `hf`; docs/integrations.md."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..trainer import Shard
 from .membership import Asked, Evaluate, Membership, write
 
 try:
@@ -14,7 +15,8 @@ try:
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 except ImportError as error:
     raise ImportError(
-        f"diloco_client.integrations.transformers needs Transformers and accelerate ({error}): pip install 'diloco[hf]'"
+        f"diloco_client.integrations.transformers needs Transformers and accelerate ({error}): pip install '.[hf]' in "
+        "diloco's folder"
     ) from error
 
 
@@ -56,6 +58,11 @@ class DilocoCallback(Asked, TrainerCallback):
         self._trainer: Trainer | None = None
         self._checkpoint: Path | None = None
         self._tokens_seen = 0
+
+    @property
+    def rank_shard(self) -> Shard:
+        """`outer.shard`: what it takes of the data the Trainer divides among the worker's processes by itself."""
+        return self.shard
 
     def attach(self, trainer: Trainer) -> None:
         """Become a callback of `trainer`, and wrap its `train`, `evaluation_loop` and `log`: no event tells from which

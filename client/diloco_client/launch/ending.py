@@ -8,6 +8,8 @@ but a place before `atexit` where `concurrent.futures` ends its threads.
 from __future__ import annotations
 
 import atexit
+import builtins
+import dis
 import multiprocessing
 import os
 import sys
@@ -82,25 +84,36 @@ if sys.version_info >= (3, 12):
 else:
 
     def _at_exit(on_end: OnEnd) -> None:
-        """Of `raise SystemExit(code)` nothing is left at exit; of `sys.exit(code)` we see to it that there is."""
+        """Whether the main program has returned, its frame still tells at exit. With which code it has not, nothing
+        tells: of `sys.exit(code)` and `exit(code)` we see to it that something does, of `raise SystemExit(code)` we
+        cannot."""
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
         exits: list[SystemExit] = []
-        original = sys.exit
 
-        def remember(status: Any = None, /) -> Any:
-            if threading.current_thread() is threading.main_thread():
-                exits[:] = [SystemExit(status)]
-            original(status)
+        def remembering(original: Callable[..., Any]) -> Callable[..., Any]:
+            def leave_with(code: Any = None) -> Any:
+                if threading.current_thread() is threading.main_thread():
+                    exits[:] = [SystemExit(code)]
+                original(code)
+
+            return leave_with
 
         def at_exit() -> None:
+            returned = dis.opname[frame.f_code.co_code[frame.f_lasti]] == "RETURN_VALUE"
             try:
-                on_end(getattr(sys, "last_value", None) or (exits[-1] if exits else None))
+                on_end(None if returned else getattr(sys, "last_value", None) or (exits[-1] if exits else None))
             except SystemExit as error:
                 leave(error)
             except BaseException:
                 traceback.print_exc()
                 leave(SystemExit(1))
 
-        sys.exit = remember
+        sys.exit = remembering(sys.exit)
+        for name in ("exit", "quit"):  # not there with `python -S`
+            if hasattr(builtins, name):
+                setattr(builtins, name, remembering(getattr(builtins, name)))
         threading._register_atexit(at_exit)  # type: ignore[attr-defined]
 
 

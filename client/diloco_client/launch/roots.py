@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
@@ -38,6 +39,23 @@ class Trained:
     optimizers: tuple[torch.optim.Optimizer, ...]
     left_out: tuple[torch.optim.Optimizer, ...]
     """Their tensors belong to no module while others' do: an image that is optimized, say, or a multiplier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What of a Trained is kept while the script trains: its optimizers are the script's to give up."""
+
+    module: nn.Module
+    root: nn.Module
+    tensors: frozenset[int]
+    """The ids of those that are trained; the module holds them."""
+    kinds: str
+    """Of the optimizers, to name them."""
+
+    @classmethod
+    def of(cls, trained: Trained) -> Self:
+        tensors = frozenset(id(t) for optimizer in trained.optimizers for t in trained_by(optimizer))
+        return cls(trained.module, trained.root, tensors, ", ".join(type(o).__name__ for o in trained.optimizers))
 
 
 class Parts(nn.Module):
@@ -71,6 +89,11 @@ def find_trained(optimizers: Sequence[torch.optim.Optimizer]) -> Trained:
         return Trained(_replicated(roots[0]), roots[0], used, tuple(left_out))
     parts = Parts(map(_replicated, roots), loose)
     return Trained(parts, parts, used, tuple(left_out))
+
+
+def modules_of(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The kinds of the modules that hold the tensors that it steps; nothing if none does."""
+    return [type(root).__name__ for root in _roots([id(tensor) for tensor in trained_by(optimizer)])]
 
 
 def _belongs(tensor: torch.Tensor, held: set[int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -9,7 +10,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,13 @@ from safetensors.torch import save_file
 from diloco_client.hook import Outer
 from diloco_client.joining import join
 from diloco_client.observe import export
+from diloco_client.optimizers import check_not_captured, check_optimizers
 from diloco_proto.errors import DilocoError, UnsupportedModel
 
 from .ending import call_at_end, failure, leave
-from .roots import Trained, find_trained
+from .roots import Held, find_trained, modules_of
 from .settings import MARK_VARIABLE, Launch
-from .steps import Clock, InnerSteps, living_optimizers, skipped, trained_by, within_its_own_step
+from .steps import PATIENCE, Clock, InnerSteps, living_optimizers, skipped, trained_by, within_its_own_step
 
 log = logging.getLogger("diloco")
 
@@ -49,8 +51,9 @@ class Script:
         self._steps = InnerSteps()
         self._clock = Clock()
         self._outer: Outer | None = None
-        self._trained: Trained | None = None
-        self._strangers: WeakSet[torch.optim.Optimizer] = WeakSet()
+        self._held: Held | None = None
+        self._strangers: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
+        """Optimizers whose steps are not the run's -> how many they took since one of the run's last stepped."""
         self._failure = ""
         self._over = False
         self._process = os.getpid()
@@ -70,7 +73,7 @@ class Script:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of this process has stepped."""
         if self._failure:
-            raise SystemExit(self._failure)
+            sys.exit(self._failure)
         if self._over or optimizer is self._clock or skipped(optimizer) or within_its_own_step(optimizer):
             return
         try:
@@ -79,11 +82,15 @@ class Script:
                     f"this process was forked from the worker {self._process} and trains too; only one of them can be "
                     f"in the run. {ALTERNATIVE}"
                 )
+            check_not_captured()
             if self._outer is None:
+                gc.collect()  # what the script has given up is not to be found
                 self._steps.watch(living_optimizers())
                 if self._steps.over(optimizer):
                     self._join()
-            elif self._is_ours(optimizer) and self._steps.over(optimizer):
+            elif not self._is_ours(optimizer):
+                self._bear_with(optimizer)
+            elif self._steps.over(optimizer):
                 self._count(self._outer)
         except (DilocoError, ValueError) as error:
             self._fail(error)
@@ -97,6 +104,7 @@ class Script:
         trained = find_trained([*stepped, *(o for o in living_optimizers() if o not in stepped)])
         for optimizer in trained.left_out:
             self._leave_out(optimizer)
+        self._held = Held.of(trained)
         self._outer = join(
             self._launch.address,
             trained.module,
@@ -113,7 +121,6 @@ class Script:
             sigterm_seconds=options.sigterm_seconds,
             island=self._island(),
         )
-        self._trained = trained
         call_at_end(self._end)
         _take_mark()
 
@@ -143,18 +150,22 @@ class Script:
             raise UnsupportedModel("the script joins a run by itself: start it without `diloco-client run`")
 
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a step of this optimizer counts. One that is made later does if it trains what the run does. Raises
-        UnsupportedModel if it trains other tensors of the module too."""
-        assert self._trained is not None
+        """Whether a step of this optimizer counts. One that is made later does if it trains what the run does, and
+        takes the place of those that trained the same. Raises UnsupportedModel if it trains other tensors of the module
+        too, MasterWeights if it is of that kind."""
+        assert self._held is not None
         if optimizer in self._strangers:
             return False
         if self._steps.knows(optimizer):
             return True
-        of_run = {id(t) for o in self._trained.optimizers for t in trained_by(o)}
         steps = {id(t) for t in trained_by(optimizer)}
-        if steps <= of_run:
+        if steps <= self._held.tensors:
+            check_optimizers(self._held.module, [optimizer], {})
+            for former in self._steps.waited_for:
+                if steps.issuperset(id(t) for t in trained_by(former)):
+                    self._steps.forget(former)
             return True
-        if steps & {id(t) for t in self._trained.module.parameters()}:
+        if steps & {id(t) for t in self._held.module.parameters()}:
             raise UnsupportedModel(
                 f"the script has made a {type(optimizer).__name__} after its first step that trains more of the model "
                 f"than was trained then: it would differ between workers. {ALTERNATIVE}"
@@ -164,13 +175,26 @@ class Script:
         return False
 
     def _leave_out(self, optimizer: torch.optim.Optimizer) -> None:
-        self._strangers.add(optimizer)
+        self._strangers[optimizer] = 0
         self._steps.forget(optimizer)
+
+    def _bear_with(self, optimizer: torch.optim.Optimizer) -> None:
+        """One whose steps do not count has stepped. Raises UnsupportedModel if it trains a module while the training
+        that is in the run is over, as it seems."""
+        assert self._held is not None
+        self._strangers[optimizer] += 1
+        if self._strangers[optimizer] == PATIENCE and (modules := modules_of(optimizer)):
+            raise UnsupportedModel(
+                f"what {self._held.kinds} trains is in the run, and has not stepped while {type(optimizer).__name__}, "
+                f"made later, took {PATIENCE} steps with another module ({', '.join(modules)}), which this worker "
+                f"would train alone. {ALTERNATIVE}"
+            )
 
     # -- training --
 
     def _count(self, outer: Outer) -> None:
         """An inner step is over."""
+        self._strangers.update(dict.fromkeys(self._strangers, 0))
         options = self._launch.options
         if options.tokens_per_step is not None:
             outer.report(tokens=options.tokens_per_step)
@@ -229,11 +253,11 @@ class Script:
 
     def _export(self, outer: Outer, path: Path) -> None:
         """Write the model's state_dict with θ in it to a safetensors file; where it is sharded, what the server has."""
-        assert self._trained is not None
+        assert self._held is not None
         values = outer.global_state_dict().values()  # collective in an island
         if _distributed() and dist.get_rank() != 0:
             return
-        state = {name: t for name, t in zip(self._trained.root.state_dict(), values, strict=True) if torch.is_tensor(t)}
+        state = {name: t for name, t in zip(self._held.root.state_dict(), values, strict=True) if torch.is_tensor(t)}
         if any(hasattr(t, "full_tensor") for t in state.values()):
             launch, options = self._launch, self._launch.options
             export(
@@ -258,7 +282,7 @@ class Script:
         _take_mark()
         if threading.current_thread() is not threading.main_thread():
             leave(SystemExit(self._failure))
-        raise SystemExit(self._failure) from None
+        sys.exit(self._failure)
 
 
 def _take_mark() -> None:

@@ -55,6 +55,10 @@ class InnerSteps:
         for optimizer in optimizers:
             self._waited.setdefault(optimizer, 0)
 
+    @property
+    def waited_for(self) -> list[torch.optim.Optimizer]:
+        return list(self._waited)
+
     def knows(self, optimizer: torch.optim.Optimizer) -> bool:
         return optimizer in self._waited
 
@@ -97,10 +101,17 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def living(kind: type[Any]) -> list[Any]:
-    """All objects of this kind or a subclass that Python's collector knows, in a fixed order."""
-    gc.collect()
+    """All objects of this kind or a subclass that Python's collector knows, in a fixed order; with those that it has
+    not collected yet."""
+    frozen = gc.get_freeze_count() > 0
     gc.unfreeze()  # what a script has put out of the collector's sight would not be listed
-    return [o for o in gc.get_objects() if issubclass(type(o), kind)]
+    try:
+        objects = gc.get_objects()
+        kinds = {found for found in set(map(type, objects)) if issubclass(found, kind)}
+        return [o for o in objects if type(o) in kinds]
+    finally:
+        if frozen:
+            gc.freeze()
 
 
 def skipped(optimizer: torch.optim.Optimizer) -> bool:

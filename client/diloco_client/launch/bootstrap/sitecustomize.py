@@ -53,7 +53,8 @@ class Hooks:
             from diloco_client.launch.script import Script
         except ImportError as error:
             raise SystemExit(
-                f"diloco: {sys.executable} cannot join a run ({error}): install 'diloco[torch]' for this Python"
+                f"diloco: {sys.executable} cannot join a run ({error}): {sys.executable} -m pip install '.[torch]' in "
+                "diloco's folder"
             ) from None
         if self.script is None:
             self.script = Script.of_this_process()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import queue
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 from diloco_proto.errors import DilocoError
 
-from .island import Island, heard, tell
+from .ranks import Island, heard, tell
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05
 """Seconds between two meetings while a rank waits; they grow as long as nobody has news."""
@@ -44,6 +45,11 @@ class Council:
 
     def __init__(self, island: Island) -> None:
         self.island = island
+        self.log = logging.getLogger("diloco")
+        """For what concerns the whole worker: of all ranks the first says it."""
+        if not island.leads:
+            self.log = logging.Logger("diloco")
+            self.log.disabled = True
         self.clock = 0.0
         """The leader's, in seconds, as of the last meeting: what depends on time goes by it, so that all agree."""
         self._speakers: list[Speaker] = []
@@ -79,12 +85,12 @@ class Council:
 
     # -- training thread --
 
-    def meet(self, *, busy: bool = False) -> bool:
-        """Tell, and hear, what is new; whether any rank is `busy`. Raises the error of any rank, on all of them, and
-        IslandBroken."""
+    def meet(self, about: str, *, busy: bool = False) -> bool:
+        """Tell, and hear, what is new; whether any rank is `busy`. `about` is why the ranks meet, a word of up to 8
+        letters. Raises the error of any rank, on all of them, and IslandBroken."""
         self.raise_fatal()
         said = json.dumps(self._word(busy)).encode()
-        words: list[Word] = [json.loads(word) for word in self.island.exchange(said)]
+        words: list[Word] = [json.loads(word) for word in self.island.exchange(said, about)]
         self.clock = words[0]["clock"]
         told = next((word["error"] for word in words if "error" in word), None)
         if told is not None:
@@ -130,7 +136,7 @@ class Council:
             if give_up():
                 return False
             self.rest()
-            self.meet()
+            self.meet("waiting")
         return True
 
 

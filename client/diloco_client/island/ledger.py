@@ -14,7 +14,7 @@ from enum import Enum, auto
 
 from diloco_proto import outer_pb2 as pb
 
-from .pushing import most_telling
+from ..pushing import most_telling
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,25 +6,26 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Format, digest
 from diloco_proto.errors import ServerUnreachable, StateMismatch
 
+from ..courier import CLOSE_SECONDS, Courier
+from ..fetching import SNAPSHOT_TRIES, unfit_snapshot
+from ..first import First
+from ..flights import Base, Captured
+from ..link import Link
+from ..session import Membership, Session
+from ..trainer import Shard
+from ..transport import Transport
+from .binding import IslandBinding
 from .council import Council, Word, events_of
-from .courier import Courier
-from .fetching import SNAPSHOT_TRIES, unfit_snapshot
-from .first import First
-from .flights import Base, Captured
-from .island import Island
-from .island_courier import NOTHING, IslandCourier
+from .courier import NOTHING, IslandCourier
 from .ledger import Fetched, Verdict, judge
-from .link import Link
-from .session import Membership, Session
-from .sharded import IslandBinding
-from .trainer import Shard
-from .transport import Transport
+from .ranks import Island
 
 T = TypeVar("T")
 
@@ -65,7 +66,9 @@ class IslandLink(Link):
         """Bytes up and down, by rank; of the leader none, who counts its own."""
         self._ends_at: float | None = None
         """When this machine, or another of the island, is taken away, by the council's clock."""
+        self._doing: threading.Thread | None = None
         super().__init__(transport, binding, worker_id, generation, former_run)
+        self.log = self._council.log
         self._council.seat(self)
 
     def _new_session(self, worker_id: str, generation: int) -> Membership:
@@ -107,12 +110,18 @@ class IslandLink(Link):
 
     def close(self, reason: str) -> None:
         super().close(reason)
+        if self._doing is not None:
+            self._doing.join(CLOSE_SECONDS)
         self._island.close()
 
     # -- what the training thread asks --
 
-    def sync(self) -> None:
-        self._council.meet()
+    def join(self, connect_timeout: float) -> int:
+        return super().join(self.of_first(connect_timeout))
+
+    def sync(self, step: int) -> None:
+        self._island.step = step
+        self._council.meet("step")
 
     def report(self, tokens: int | None, loss: float | None) -> None:
         self._reports.append((tokens, loss))
@@ -129,6 +138,13 @@ class IslandLink(Link):
 
     def anywhere(self, here: bool) -> bool:
         return any(self._island.share(here))
+
+    def of_first(self, value: T) -> T:
+        first: T = self._island.share(value)[0]
+        return first
+
+    def odd_one(self, value: Any) -> int | None:
+        return self._island.odd_one(value)
 
     def digest(self, fragment: int, base: Base) -> int:
         first = self._binding.spans[fragment].first_block
@@ -150,14 +166,15 @@ class IslandLink(Link):
 
         def run() -> None:
             try:
+                self._binding.use_device()
                 results.append(work())
             except BaseException as error:
                 errors.append(error)
             self._council.news()
 
-        thread = threading.Thread(target=run, name="diloco-join", daemon=True)
+        thread = self._doing = threading.Thread(target=run, name="diloco-do", daemon=True)
         thread.start()
-        while self._council.meet(busy=thread.is_alive()):
+        while self._council.meet("work", busy=thread.is_alive()):
             self._council.rest()
         self._island.agree(errors[0] if errors else None)
         return results[0]
@@ -239,14 +256,19 @@ class IslandFirst(First):
         return judge(parts) is Verdict.SOUND
 
     def _fetch(self, fragment: int) -> Base:
-        tries = 0
+        tries, newest = 0, 0
+        base: Base | None = None
         while tries < SNAPSHOT_TRIES:
-            base = self._do(lambda: self._fetch_part(fragment))
+            if base is None or base.version < newest:  # else only the others have to come up
+                base = self._do(partial(self._fetch_part, fragment))
+            else:
+                self._do(lambda: None)
             parts = self._parts(base, fragment)
-            verdict = judge(parts)
+            verdict, newest = judge(parts), max(part.version for part in parts)
             if verdict is Verdict.SOUND:
-                return Base(parts[0].version, base.theta, parts[0].announced)
-            tries += verdict is Verdict.DAMAGED
+                return Base(newest, base.theta, parts[0].announced)
+            if verdict is Verdict.DAMAGED:
+                base, tries = None, tries + 1
         raise unfit_snapshot(fragment)
 
     def _fetch_part(self, fragment: int) -> Base:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from diloco_proto.errors import ManifestMismatch, StateMismatch
+from diloco_proto.errors import ManifestMismatch
 
-from .island import Island, find
-from .island_link import IslandLink, unlabelled
-from .resume import Saved, new_generation, read
-from .sharded import IslandBinding
-from .transport import Transport
+from ..resume import Saved, check_same, new_generation, read
+from ..transport import Transport
+from .binding import IslandBinding
+from .link import IslandLink, unlabelled
+from .ranks import Island, find
 
 __all__ = ["find", "island_link"]
 
@@ -71,18 +71,12 @@ def _island_link(
 
 def _check_same(island: Island, binding: IslandBinding, saved: Saved | None) -> None:
     text = "\n".join(tensor.describe() for tensor in binding.manifest.tensors)
-    models = island.share(hashlib.sha256(text.encode()).hexdigest())
-    states = island.share(None if saved is None else [saved.run_id, saved.progress.taken])
-    for rank in range(island.size):
-        if models[rank] != models[0]:
-            raise ManifestMismatch(
-                f"rank {rank} of this island has another model than rank 0: all ranks of a worker train one model"
-            )
-        if states[rank] != states[0]:
-            raise StateMismatch(
-                f"rank {rank} of this island takes up another state than rank 0: all must have that of one checkpoint, "
-                "or none"
-            )
+    other = island.odd_one(hashlib.sha256(text.encode()).hexdigest())
+    if other is not None:
+        raise ManifestMismatch(
+            f"rank {other} of this island has another model than rank 0: all ranks of a worker train one model"
+        )
+    check_same(island.odd_one(None if saved is None else saved.place))
 
 
 def default_id(island: Island) -> str:

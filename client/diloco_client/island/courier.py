@@ -6,7 +6,6 @@ on the training thread. So these are the same on every rank, whoever was faster.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,15 +17,13 @@ from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Format, digest
 from diloco_proto.errors import DilocoError
 
-from .binding import Binding
+from ..binding import Binding
+from ..courier import Courier
+from ..fetching import SNAPSHOT_TRIES, unfit_snapshot
+from ..flights import Base, Flight
+from ..transport import Transport
 from .council import Council, Word
-from .courier import Courier
-from .fetching import SNAPSHOT_TRIES, unfit_snapshot
-from .flights import Base, Flight
 from .ledger import Fetched, Ledger, Verdict
-from .transport import Transport
-
-log = logging.getLogger("diloco")
 
 NOTHING = np.empty(0, np.float32)
 
@@ -45,14 +42,20 @@ class IslandCourier(Courier):
         super().__init__(transport, binding, uplink, identity)
         island = council.island
         self._council = council
+        self._log = council.log
         self._ledger = Ledger([island.owners(f.num_blocks) for f in binding.layout.scheduled])
         self._owns = [span.num_blocks > 0 for span in binding.spans]
         self._outcomes: list[tuple[int, int, pb.Outcome]] = []
         """(fragment, turn, outcome) of this rank's pushes, to be told."""
         self._fresh: dict[int, Base] = {}
         """Fetched and not told yet, by fragment."""
+        self._digests: dict[int, int] = {}
+        """Of what is in `_fresh`."""
         self._told: dict[int, Base] = {}
         """Told, and not settled yet."""
+        self._told_cut_off = False
+        self._cut_off: set[int] = set()
+        """Ranks whose transfers do not get through, though the session may."""
         self._afresh: set[int] = set()
         """Fragments whose snapshot is needed, since what was fetched is not what the server has."""
         self._damaged: Counter[int] = Counter()
@@ -68,7 +71,7 @@ class IslandCourier(Courier):
         with record_function("diloco::wait"):
             self._council.wait(
                 lambda: self._flights.settled(fragment),
-                lambda: not self._connected or self._held or self.hurried(),
+                lambda: self._out_of_reach or self._held or self.hurried(),
             )
 
     def wait_until(self, condition: Callable[[], bool], patience: float, limit: float | None = None) -> bool:
@@ -77,10 +80,15 @@ class IslandCourier(Courier):
         def give_up() -> bool:
             nonlocal lost_at
             now = self._council.clock
-            lost_at = None if self._connected else now if lost_at is None else lost_at
+            lost_at = None if not self._out_of_reach else now if lost_at is None else lost_at
             return (lost_at is not None and now - lost_at > patience) or (limit is not None and now - began > limit)
 
         return self._council.wait(condition, give_up)
+
+    @property
+    def _out_of_reach(self) -> bool:
+        """Of any rank: no contribution is complete without its part, and no base."""
+        return not self._connected or bool(self._cut_off)
 
     def raise_fatal(self) -> None:
         self._council.raise_fatal()
@@ -98,11 +106,13 @@ class IslandCourier(Courier):
                 self._outcomes.clear()
             if self._fresh:
                 word["fetched"] = [
-                    (p, base.version, digest(base.theta, self._first_block(p)), base.announced)
-                    for p, base in self._fresh.items()
+                    (p, base.version, self._digests[p], base.announced) for p, base in self._fresh.items()
                 ]
                 self._told.update(self._fresh)
                 self._fresh.clear()
+            cut_off = self._transport.out_of_reach
+            if cut_off != self._told_cut_off:
+                self._told_cut_off = word["cut off"] = cut_off
             return word
 
     def hear(self, words: Sequence[Word]) -> None:
@@ -112,23 +122,25 @@ class IslandCourier(Courier):
                     self._ledger.answered(rank, fragment, turn, pb.Outcome(kind=kind, version=version))
                 for fragment, *told in word.get("fetched", ()):
                     self._ledger.has(rank, fragment, Fetched(*told))
+                if "cut off" in word:
+                    self._note_cut_off(rank, word["cut off"])
             for fragment in range(self._count):
                 self._settle_outcome(fragment)
                 self._settle_fetched(fragment)
             self._fetch_wanted()
 
+    def _note_cut_off(self, rank: int, cut_off: bool) -> None:
+        if not cut_off:
+            self._cut_off.discard(rank)
+            return
+        self._cut_off.add(rank)
+        self._log.warning("what rank %d of this worker transfers does not reach the server; training goes on", rank)
+
     def _settle_outcome(self, fragment: int) -> None:
-        flight = self._flights.flight(fragment)
-        if flight is None or flight.outcome is not None:
+        flight, outcome = self._flights.flight(fragment), self._ledger.outcome(fragment)
+        if flight is None or flight.outcome is not None or outcome is None:
             return
-        outcome = self._ledger.outcome(fragment)
-        if outcome is None:
-            return
-        again = self._flights.on_outcome(flight, outcome)
-        if outcome.kind == pb.OUTCOME_PART_HELD and flight.counted is None:
-            # Nobody has completed it: the server has forgotten a part, as it does when it is started anew.
-            flight.outcome, again = None, True
-        if again:
+        if self._flights.on_outcome(flight, outcome):
             self._send(flight)
 
     def _settle_fetched(self, fragment: int) -> None:
@@ -144,7 +156,7 @@ class IslandCourier(Courier):
             self._flights.on_arrived(fragment, mine or Base(version, NOTHING))
             return
         self._damaged[fragment] += 1
-        log.warning("fragment %d differs from the server's after its update; fetching it afresh", fragment)
+        self._log.warning("fragment %d differs from the server's after its update; fetching it afresh", fragment)
         if self._damaged[fragment] > SNAPSHOT_TRIES:
             raise unfit_snapshot(fragment)
         self._afresh.add(fragment)
@@ -187,15 +199,14 @@ class IslandCourier(Courier):
             return True, None
         return super()._to_fetch(fragment)
 
-    def _fetched(self, fragment: int, newer: Base) -> None:
-        known = self._told.get(fragment)
-        if known is None or newer.version != known.version:
-            self._fresh[fragment] = newer
-            self._council.news()
+    def _fetched(self, fragment: int, newer: Base, run_id: str) -> None:
+        found = digest(newer.theta, self._binding.spans[fragment].first_block)  # takes a while: not under the lock
+        with self._changed:
+            known = self._told.get(fragment)
+            if self._run_id == run_id and (known is None or newer.version != known.version):
+                self._fresh[fragment], self._digests[fragment] = newer, found
+                self._council.news()
 
     def _credible(self, newer: Base) -> bool:
         """The ranks find out together."""
         return True
-
-    def _first_block(self, fragment: int) -> int:
-        return self._binding.spans[fragment].first_block

@@ -14,15 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
 
 from diloco_proto.codec.formats import Floats
+from diloco_proto.errors import UnsupportedModel
 from diloco_proto.manifest import Layout, Role, Slot
 
-from .binding import Binding, plain_dtype
-from .island import Island
-from .spans import Span
+from ..binding import Binding, plain_dtype
+from ..spans import Span
+from .dtensors import DTensor, FSDPModule, Replicate
+from .ranks import Island
 
 BUNDLE = 1 << 24
 """Values that are put together at once, 64 MiB; a larger tensor goes alone."""
@@ -65,16 +65,31 @@ class IslandBinding(Binding):
         """(begin, end, values) of each tensor within the span; all ranks put all tensors together."""
         span = self.spans[fragment]
         mine = {piece.slot.offset: piece for piece in span.pieces()}
+        self._check_buffers(span)
         for slot in span.fragment.slots:
             piece = mine.get(slot.offset)
             tensor = self._tensor(slot.tensor)
             if isinstance(tensor, DTensor):
-                tensor = _assembled(tensor)
+                with self._island.together():
+                    tensor = _assembled(tensor)
             elif slot.tensor.role is Role.BUFFER:
                 tensor = self._island.mean(tensor)
             if piece is not None:
                 size = piece.end - piece.begin
                 yield piece.begin, piece.end, tensor.reshape(-1)[piece.skipped : piece.skipped + size]
+            del tensor  # one whole tensor at a time
+
+    def _check_buffers(self, span: Span) -> None:
+        """Raises UnsupportedModel on all ranks if one of them has replaced a buffer by one of another shape."""
+        if span.fragment.role is not Role.BUFFER:
+            return
+        failed: UnsupportedModel | None = None
+        try:
+            for slot in span.fragment.slots:
+                self._tensor(slot.tensor)
+        except UnsupportedModel as error:
+            failed = error
+        self._island.agree(failed)
 
     # -- in --
 
@@ -84,18 +99,24 @@ class IslandBinding(Binding):
         for slot, values in self._whole(fragment, flat):
             tensor = self._tensor(slot.tensor)
             if isinstance(tensor, DTensor):
-                yield tensor.to_local(), _shard_of(tensor, values).to(tensor.to_local().device)
+                mine = _shard_of(tensor, values).to(tensor.to_local().device)
+                del values
+                yield tensor.to_local(), mine
+                del mine
             else:
-                yield tensor, values.to(tensor.device)
+                values = values.to(tensor.device)
+                yield tensor, values
+                del values
 
     def _whole(self, fragment: int, flat: Floats) -> Iterator[tuple[Slot, torch.Tensor]]:
         """Each tensor's values, float32 in its full shape on the island's device."""
         span = self.spans[fragment]
+        self._check_buffers(span)
         bounds = [64 * b for b in self._island.bounds(span.fragment.num_blocks)]
         for slots in _bundles(span.fragment.slots):
             start, stop = slots[0].offset, slots[-1].end
             values = torch.empty(stop - start, dtype=torch.float32, device=self._island.device)
-            pieces = []
+            pieces: list[tuple[torch.Tensor, int]] = []
             for rank in range(self._island.size):
                 begin, end = max(start, bounds[rank]), min(stop, bounds[rank + 1])
                 if begin < end:
@@ -103,8 +124,10 @@ class IslandBinding(Binding):
                     if rank == self._island.rank:
                         pieces[-1][0].copy_(torch.from_numpy(flat[begin - span.start : end - span.start]))
             self._island.broadcast(pieces)
+            pieces.clear()
             for slot in slots:
                 yield slot, values[slot.offset - start : slot.end - start].view(slot.tensor.shape)
+            del values  # before the next ones are put together
 
     # -- around --
 
@@ -123,19 +146,15 @@ class IslandBinding(Binding):
                 mine = _shard_of(tensor, values) if isinstance(tensor, DTensor) else values
                 for name in (slot.tensor.name, *slot.tensor.tied):
                     theta[name] = mine.to("cpu", plain_dtype(slot.tensor), copy=True)
+                del mine, values
         return self._filled(theta)
 
     def _as_in_state(self, value: Any, theta: torch.Tensor) -> torch.Tensor:
         if not isinstance(value, DTensor):
             return theta
-        return DTensor.from_local(
-            theta,
-            value.device_mesh,
-            value.placements,
-            run_check=False,
-            shape=value.shape,
-            stride=value.stride(),
-        )
+        held: Any = value.detach().to("cpu", copy=True)  # from_local would move θ to the device of the mesh
+        held.to_local().copy_(theta)
+        return held  # type: ignore[no-any-return]
 
 
 def _bundles(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
@@ -169,4 +188,5 @@ def _shard_of(tensor: DTensor, values: torch.Tensor) -> torch.Tensor:
     """Of a whole tensor's values this rank's shard; nothing is sent for it."""
     mesh = tensor.device_mesh
     whole = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return whole.redistribute(mesh, tensor.placements).to_local()
+    mine: DTensor = whole.redistribute(mesh, tensor.placements)
+    return mine.to_local()
