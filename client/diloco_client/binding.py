@@ -1,9 +1,8 @@
 """A torch model seen as flat fragments: which tensors take part, and how values go out of them and back in.
 
 A fragment's values are one numpy float32[length] everywhere but in the model. (On a rank of an island they are those of
-its span; see `sharded`.) `capture`, `mix`, `shift` and `adopt` run
-on the training thread: copies and one elementwise pass. `delta` runs on the courier's threads; `rebase_change`, which
-is only needed off schedule, on the training thread too.
+its span; see `sharded`.) `capture`, `mix`, `shift` and `adopt` run on the training thread: copies and one elementwise
+pass; so does `rebase_change`, which is only needed off schedule.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import NonFiniteParameter, UnsupportedModel
 from diloco_proto.manifest import DTYPES, Fragment, Layout, Manifest, Role, TensorSpec
 
+from .buffers import Buffers
 from .flights import Captured
 from .optimizers import check_optimizers
 from .spans import Span
@@ -70,6 +70,7 @@ class Binding:
         self._buffers: dict[str, tuple[torch.nn.Module, str]] = {}
         self._frozen: dict[int, str] = {}
         self._side_streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._memory = Buffers()
         self.manifest = self._build_manifest()
         self.check_optimizers()
 
@@ -153,14 +154,12 @@ class Binding:
         with record_function("diloco::capture"):
             tensors = self._local(fragment)
             device = self._common_device(fragment)
-            length = self.spans[fragment].length
+            values = torch.from_numpy(self.host_buffer(fragment))
             if device.type != "cuda":
-                values = _host_tensor(length, pinned=False, zero=True)
                 _fill(values, tensors)
                 return HostCopy(values, None)
-            flat = torch.zeros(length, dtype=torch.float32, device=device)
+            flat = torch.empty(len(values), dtype=torch.float32, device=device)
             _fill(flat, tensors)
-            values = _host_tensor(length, pinned=True)
             side = self._side_streams.get(device)
             if side is None:
                 side = self._side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -227,13 +226,6 @@ class Binding:
             raise self.non_finite(fragment, bad)
         return values
 
-    def delta(self, fragment: int, base: Floats, captured: Captured) -> Floats:
-        """Δ = round(θ_base) − θ_local as float32[length]; `round` is to each tensor's dtype, so that a bf16
-        parameter does not send its own rounding as a gradient."""
-        local = captured.wait()
-        np.subtract(self.rounded(fragment, base), local, out=local)
-        return local
-
     def rebase_change(
         self, fragment: int, old: Floats, new: Floats, counted: Encoded | None, correction: Floats | None = None
     ) -> Floats:
@@ -290,9 +282,9 @@ class Binding:
         span = self.spans[fragment]
         return non_finite(span.fragment, span.start + index)
 
-    def pinned(self, fragment: int) -> bool:
-        """Whether host buffers of this fragment go to a CUDA device."""
-        return self._common_device(fragment).type == "cuda"
+    def host_buffer(self, fragment: int) -> Floats:
+        """Of the length that this process holds of the fragment, not initialised. Any thread."""
+        return self._memory.take(self.spans[fragment].length, pinned=self._common_device(fragment).type == "cuda")
 
     def _common_device(self, fragment: int) -> torch.device:
         return self._tensor(self.layout.fragments[fragment].slots[0].tensor).device
@@ -325,12 +317,6 @@ class Binding:
             yield local, copies[local.device][offset:end].view(local.shape)
 
 
-def host_buffer(length: int, *, pinned: bool) -> Floats:
-    """float32[length] in host memory, not initialised."""
-    values: Floats = _host_tensor(length, pinned=pinned).numpy()
-    return values
-
-
 def non_finite(fragment: Fragment, index: int) -> NonFiniteParameter:
     kind, advice = "tensor", ""
     if fragment.role is Role.BUFFER:
@@ -342,14 +328,16 @@ def non_finite(fragment: Fragment, index: int) -> NonFiniteParameter:
     )
 
 
-def _host_tensor(length: int, *, pinned: bool, zero: bool = False) -> torch.Tensor:
-    make = torch.zeros if zero else torch.empty
-    return make(length, dtype=torch.float32, device="cpu", pin_memory=pinned)
-
-
 def _fill(flat: torch.Tensor, tensors: Iterable[tuple[int, int, torch.Tensor]]) -> None:
-    for offset, end, local in tensors:
-        flat[offset:end].view(local.shape).copy_(local, non_blocking=flat.is_cuda)
+    """What lies between the tensors becomes 0."""
+    filled = 0
+    for begin, end, local in tensors:
+        if filled < begin:
+            flat[filled:begin].zero_()
+        flat[begin:end].view(local.shape).copy_(local, non_blocking=flat.is_cuda)
+        filled = end
+    if filled < len(flat):
+        flat[filled:].zero_()
 
 
 def _has_replicas(model: torch.nn.Module) -> bool:

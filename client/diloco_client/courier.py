@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Format, UnencodableValue, digest, pack_frames
+from diloco_proto.codec import Format, UnencodableValue, pack_frames
 from diloco_proto.errors import DilocoError, RolledBack
 from diloco_proto.manifest import Role
 
@@ -324,13 +324,12 @@ class Courier:
 
     def _pack(self, flight: Flight, span: Span, fmt: Format) -> None:
         with record_function("diloco::encode"):
-            assert flight.captured is not None
-            delta = self._binding.delta(flight.fragment, flight.base.theta, flight.captured)
-            flight.captured = None
             try:
-                flight.frames = pack_frames(flight.encode(fmt, delta), span.first_block)
+                encoded = flight.encode(fmt, self._binding.rounded(flight.fragment, flight.base.theta))
             except UnencodableValue as error:
                 raise self._binding.non_finite(flight.fragment, error.index) from error
+            flight.captured = None
+            flight.frames = pack_frames(encoded, span.first_block)
 
     # -- pull thread --
 
@@ -359,6 +358,6 @@ class Courier:
         """The fragment's newest parameters: by updates on top of `base`, or its snapshot. Raises RolledBack."""
         return self._fetcher.fetch(fragment, base, run_id)
 
-    def _credible(self, newer: Base) -> bool:
-        """Whether it is what the server has, as far as this process can tell."""
-        return digest(newer.theta) == newer.announced
+    def _credible(self, newer: Base, found: int) -> bool:
+        """Whether it is what the server has, as far as this process can tell by its digest."""
+        return found == newer.announced

@@ -193,7 +193,7 @@ class IslandCourier(Courier):
             self._fresh[fragment] = newer
             self._council.news()
 
-    def _credible(self, newer: Base) -> bool:
+    def _credible(self, newer: Base, found: int) -> bool:
         """The ranks find out together."""
         return True
 

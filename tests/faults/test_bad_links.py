@@ -91,7 +91,7 @@ class Bed:
 def applied(items: list[PulledItem]) -> Floats:
     theta = flat(np.zeros(SIZE, np.float32))
     for item in items:
-        item.apply(theta)
+        item.apply(theta, theta)
     return theta
 
 
