@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Format, UnencodableValue, pack_frames
+from diloco_proto.codec import Format, UnencodableValue, pack_frames, worth_level
 from diloco_proto.errors import DilocoError, RolledBack
 from diloco_proto.manifest import Role
 
@@ -329,7 +329,7 @@ class Courier:
             except UnencodableValue as error:
                 raise self._binding.non_finite(flight.fragment, error.index) from error
             flight.captured = None
-            flight.frames = pack_frames(encoded, span.first_block)
+            flight.frames = pack_frames(encoded, span.first_block, worth_level(fmt, self._transport.up_speed))
 
     # -- pull thread --
 

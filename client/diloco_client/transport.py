@@ -64,6 +64,11 @@ class Transport:
         return self._lines.counters
 
     @property
+    def up_speed(self) -> float | None:
+        """Bytes a second of the slowest of the last long pushes; None while there was none."""
+        return self._lines.up_speeds.slowest
+
+    @property
     def closed(self) -> threading.Event:
         return self._lines.closed
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack_frames
+from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack_frames, worth_level
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
 from diloco_proto.frame_messages import frame_message
@@ -127,6 +127,8 @@ class Parameters:
 
     def __init__(self, layout: Layout, settings: OuterSettings) -> None:
         self._delayed = settings.optimizer == DELAYED
+        self.reader_speed: float | None = None
+        """Bytes a second that the slowest reader takes; None while unknown."""
         self._globals = []
         for fragment in layout.fragments:
             its = BUFFERS if fragment.role is Role.BUFFER else settings
@@ -193,7 +195,7 @@ class Parameters:
         except UnencodableValue:
             counted = False
             update, value = _zero_update(target.fragment, target.settings.downlink), target.digest
-        messages = _serialized(update, threads)
+        messages = _serialized(update, worth_level(update.format, self.reader_speed), threads)
         item = pb.Item(
             kind=pb.ITEM_UPDATE,
             version=target.version + 1,
@@ -289,14 +291,14 @@ def snapshot_item(snapshot: Snapshot, first: int, stop: int | None = None) -> pb
     )
 
 
-def _serialized(update: Encoded, threads: Executor | None) -> tuple[bytes, ...]:
+def _serialized(update: Encoded, level: int | None, threads: Executor | None) -> tuple[bytes, ...]:
     """Serialized PullReply of each frame of an update; idle threads help."""
     step = update.format.spec.frame_blocks
     messages = [b""] * -(-update.num_blocks // step)
 
     def serialize(number: int) -> None:
         first = number * step
-        (frame,) = pack_frames(update.part(first, first + step), first)
+        (frame,) = pack_frames(update.part(first, first + step), first, level)
         messages[number] = frame_message(frame)
 
     spread(serialize, range(len(messages)), threads)

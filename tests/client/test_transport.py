@@ -236,9 +236,10 @@ def test_stripes_that_all_are_held_as_parts_are_announced_once_more_as_a_whole(v
     headers: list[pb.PushHeader] = []
 
     def part(requests, context):
-        headers.append(next(requests).header)
+        header = next(requests).header
+        headers.append(header)
         yield pb.PushReply(have=pb.Have())
-        for _ in headers[-1].frame_digests:
+        for _ in header.frame_digests:
             next(requests)
         yield pb.PushReply(outcome=pb.Outcome(kind=pb.OUTCOME_PART_HELD))
 
