@@ -15,15 +15,18 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
+from diloco_proto.buffers import Buffers
 from diloco_proto.codec import Encoded, accumulate, flush_
-from diloco_proto.codec.formats import Floats
+from diloco_proto.codec.formats import Bytes, Floats
 from diloco_proto.errors import NonFiniteParameter, UnsupportedModel
 from diloco_proto.manifest import DTYPES, Fragment, Layout, Manifest, Role, TensorSpec
 
-from .buffers import Buffers
 from .flights import Captured
 from .optimizers import check_optimizers
 from .spans import Span
+
+KEPT_BUFFERS = 2
+"""One for what is captured next, one for what arrives next."""
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and activation checkpointing put before the names of what they wrap."""
@@ -70,7 +73,8 @@ class Binding:
         self._buffers: dict[str, tuple[torch.nn.Module, str]] = {}
         self._frozen: dict[int, str] = {}
         self._side_streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._memory = Buffers()
+        self._memory = Buffers(KEPT_BUFFERS)
+        self._pinned = Buffers(KEPT_BUFFERS, _pinned)
         self.manifest = self._build_manifest()
         self.check_optimizers()
 
@@ -284,7 +288,8 @@ class Binding:
 
     def host_buffer(self, fragment: int) -> Floats:
         """Of the length that this process holds of the fragment, not initialised. Any thread."""
-        return self._memory.take(self.spans[fragment].length, pinned=self._common_device(fragment).type == "cuda")
+        memory = self._pinned if self._common_device(fragment).type == "cuda" else self._memory
+        return memory.floats(self.spans[fragment].length)
 
     def _common_device(self, fragment: int) -> torch.device:
         return self._tensor(self.layout.fragments[fragment].slots[0].tensor).device
@@ -315,6 +320,12 @@ class Binding:
             if local.device not in copies:
                 copies[local.device] = torch.from_numpy(flat).to(local.device, non_blocking=True)
             yield local, copies[local.device][offset:end].view(local.shape)
+
+
+def _pinned(nbytes: int) -> Bytes:
+    """From where a CUDA device copies on its own."""
+    values: Bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+    return values
 
 
 def non_finite(fragment: Fragment, index: int) -> NonFiniteParameter:

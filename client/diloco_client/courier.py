@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
+from diloco_proto.buffers import Buffers
 from diloco_proto.codec import Format, UnencodableValue, pack_frames, worth_level
 from diloco_proto.errors import DilocoError, RolledBack
 from diloco_proto.manifest import Role
@@ -47,6 +48,7 @@ class Courier:
         self._identity = identity
         self._count = binding.layout.num_scheduled
         self._flights = Flights(self._count)
+        self._memory = Buffers(1)
         self._changed = threading.Condition()
         self._encoding = threading.Lock()
         self._run_id = ""
@@ -325,7 +327,8 @@ class Courier:
     def _pack(self, flight: Flight, span: Span, fmt: Format) -> None:
         with record_function("diloco::encode"):
             try:
-                encoded = flight.encode(fmt, self._binding.rounded(flight.fragment, flight.base.theta))
+                base = self._binding.rounded(flight.fragment, flight.base.theta)
+                encoded = flight.encode(fmt, base, self._memory.encoded(fmt, span.num_blocks))
             except UnencodableValue as error:
                 raise self._binding.non_finite(flight.fragment, error.index) from error
             flight.captured = None

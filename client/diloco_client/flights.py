@@ -95,14 +95,15 @@ class Flight:
             return None
         return self.next_residual if self.residual is None else self.next_residual - self.residual
 
-    def encode(self, fmt: Format, base: Floats) -> Encoded:
+    def encode(self, fmt: Format, base: Floats, memory: Encoded | None = None) -> Encoded:
         """Encode Δ = `base` − captured, and with it what earlier contributions left out. `base` is that of the flight,
         rounded as the local values are, so that a bf16 parameter does not send its own rounding as a gradient.
+        `memory`: for the result, if it need not get its own.
 
         Raises UnencodableValue.
         """
         assert self.captured is not None
-        encoded = empty_encoded(fmt, len(base) // BLOCK)
+        encoded = memory or empty_encoded(fmt, len(base) // BLOCK)
         left_out = np.empty_like(base) if self.feedback else None
         local = self.captured.wait()
         bad = encode_difference(fmt, base, local, encoded.scales, encoded.codes, self.residual, left_out)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from diloco_proto import outer_pb2 as pb
+from diloco_proto.buffers import Buffers
 from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack_frames, worth_level
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
@@ -129,6 +130,7 @@ class Parameters:
         self._delayed = settings.optimizer == DELAYED
         self.reader_speed: float | None = None
         """Bytes a second that the slowest reader takes; None while unknown."""
+        self._memory = Buffers(1)
         self._globals = []
         for fragment in layout.fragments:
             its = BUFFERS if fragment.role is Role.BUFFER else settings
@@ -190,7 +192,13 @@ class Parameters:
             target.state.theta = target.state.theta.copy()
         counted = True
         try:
-            update = commit(target.state, payloads, weights, target.settings, threads, scales=scales, delay=delay)
+            memory = self._memory.encoded(target.settings.downlink, target.fragment.num_blocks)
+            update = commit(
+                *(target.state, payloads, weights, target.settings, threads),
+                scales=scales,
+                delay=delay,
+                memory=memory,
+            )
             value = target.state.digest
         except UnencodableValue:
             counted = False
