@@ -20,7 +20,7 @@ from diloco_proto.wire import codec_to_pb
 
 from .outer import DELAYED, FragmentState, OuterSettings, commit, spread
 
-KEPT_UPDATES = 2
+KEPT_UPDATES = 1
 """Published updates of a fragment that are kept in memory whatever their size; who is further behind than the
 kept ones takes a snapshot."""
 
