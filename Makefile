@@ -40,7 +40,7 @@ stubs: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I server --python_out=server --pyi_out=server server/diloco_server/store/state.proto
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/kernels.py --json
+	$(BIN)/python benchmarks/report.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist demo-out

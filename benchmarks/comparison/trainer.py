@@ -121,8 +121,8 @@ class Trainer:
     def capture(self, fragment: int) -> Captured:
         return self.binding.capture(fragment)
 
-    def delta(self, fragment: int, base: Floats, captured: Captured) -> Floats:
-        return self.binding.delta(fragment, base, captured)
+    def rounded(self, fragment: int, theta: Floats) -> Floats:
+        return self.binding.rounded(fragment, theta)
 
     def mix(self, fragment: int, theta: Floats, alpha: float) -> None:
         self.binding.mix(fragment, theta, alpha)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from diloco_client.binding import Binding, host_buffer
+from diloco_client.binding import Binding
 from diloco_proto.manifest import Pattern, build_layout
 
 LERP = 12 / 8
@@ -52,7 +52,7 @@ def on_cuda(parameters: int, dtype: torch.dtype, repeats: int) -> dict[str, floa
     length = binding.layout.fragments[0].length
     device, device_too = (torch.ones(length, device="cuda") for _ in range(2))
     pinned = torch.ones(length, pin_memory=True)
-    theta = host_buffer(length, pinned=True)
+    theta = binding.host_buffer(0)
     np.copyto(theta, 0.0)
     rounds = []
     for _ in range(repeats + 1):

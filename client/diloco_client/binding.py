@@ -1,9 +1,8 @@
 """A torch model seen as flat fragments: which tensors take part, and how values go out of them and back in.
 
 A fragment's values are one numpy float32[length] everywhere but in the model. (On a rank of an island they are those of
-its span; see `island.binding`.) `capture`, `mix`, `shift` and `adopt` run
-on the training thread: copies and one elementwise pass. `delta` runs on the courier's threads; `rebase_change`, which
-is only needed off schedule, on the training thread too.
+its span; see `island.binding`.) `capture`, `mix`, `shift` and `adopt` run on the training thread: copies and one
+elementwise pass; so does `rebase_change`, which is only needed off schedule.
 """
 
 from __future__ import annotations
@@ -17,14 +16,18 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
+from diloco_proto.buffers import Buffers
 from diloco_proto.codec import Encoded, accumulate, flush_
-from diloco_proto.codec.formats import Floats
+from diloco_proto.codec.formats import Bytes, Floats
 from diloco_proto.errors import NonFiniteParameter, UnsupportedModel
 from diloco_proto.manifest import DTYPES, Fragment, Layout, Manifest, Role, TensorSpec
 
 from .flights import Captured
 from .optimizers import check_optimizers
 from .spans import Span
+
+KEPT_BUFFERS = 2
+"""One for what is captured next, one for what arrives next."""
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and activation checkpointing put before the names of what they wrap."""
@@ -71,6 +74,8 @@ class Binding:
         self._buffers: dict[str, tuple[torch.nn.Module, str]] = {}
         self._frozen: dict[int, str] = {}
         self._side_streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._memory = Buffers(KEPT_BUFFERS)
+        self._pinned = Buffers(KEPT_BUFFERS, _pinned)
         self.manifest = self._build_manifest()
         self.check_optimizers()
 
@@ -163,14 +168,12 @@ class Binding:
         with record_function("diloco::capture"):
             tensors = self._local(fragment)
             device = self._common_device(fragment)
-            length = self.spans[fragment].length
+            values = torch.from_numpy(self.host_buffer(fragment))
             if device.type != "cuda":
-                values = _host_tensor(length, pinned=False, zero=True)
                 _fill(values, tensors)
                 return HostCopy(values, None)
-            flat = torch.zeros(length, dtype=torch.float32, device=device)
+            flat = torch.empty(len(values), dtype=torch.float32, device=device)
             _fill(flat, tensors)
-            values = _host_tensor(length, pinned=True)
             side = self._side_streams.get(device)
             if side is None:
                 side = self._side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -231,8 +234,9 @@ class Binding:
 
     def use_device(self) -> None:
         """Of a thread that begins: what it does with CUDA happens on the model's device, not on the first."""
-        if self.pinned(0):
-            torch.cuda.set_device(self._common_device(0))
+        device = self._common_device(0)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
 
     def seed_values(self, fragment: int, captured: Captured) -> Floats:
         """The local values as they become version 0: float32, magnitudes under 2^-100 flushed, in place.
@@ -244,13 +248,6 @@ class Binding:
         if bad >= 0:
             raise self.non_finite(fragment, bad)
         return values
-
-    def delta(self, fragment: int, base: Floats, captured: Captured) -> Floats:
-        """Δ = round(θ_base) − θ_local as float32[length]; `round` is to each tensor's dtype, so that a bf16
-        parameter does not send its own rounding as a gradient."""
-        local = captured.wait()
-        np.subtract(self.rounded(fragment, base), local, out=local)
-        return local
 
     def rebase_change(
         self, fragment: int, old: Floats, new: Floats, counted: Encoded | None, correction: Floats | None = None
@@ -308,9 +305,10 @@ class Binding:
         span = self.spans[fragment]
         return non_finite(span.fragment, span.start + index)
 
-    def pinned(self, fragment: int) -> bool:
-        """Whether host buffers of this fragment go to a CUDA device."""
-        return self._common_device(fragment).type == "cuda"
+    def host_buffer(self, fragment: int) -> Floats:
+        """Of the length that this process holds of the fragment, not initialised. Any thread."""
+        memory = self._pinned if self._common_device(fragment).type == "cuda" else self._memory
+        return memory.floats(self.spans[fragment].length)
 
     def _common_device(self, fragment: int) -> torch.device:
         return self._tensor(self.layout.fragments[fragment].slots[0].tensor).device
@@ -343,9 +341,9 @@ class Binding:
             yield local, copies[local.device][offset:end].view(local.shape)
 
 
-def host_buffer(length: int, *, pinned: bool) -> Floats:
-    """float32[length] in host memory, not initialised."""
-    values: Floats = _host_tensor(length, pinned=pinned).numpy()
+def _pinned(nbytes: int) -> Bytes:
+    """From where a CUDA device copies on its own."""
+    values: Bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
     return values
 
 
@@ -360,15 +358,17 @@ def non_finite(fragment: Fragment, index: int) -> NonFiniteParameter:
     )
 
 
-def _host_tensor(length: int, *, pinned: bool, zero: bool = False) -> torch.Tensor:
-    make = torch.zeros if zero else torch.empty
-    return make(length, dtype=torch.float32, device="cpu", pin_memory=pinned)
-
-
 def _fill(flat: torch.Tensor, tensors: Iterable[tuple[int, int, torch.Tensor]]) -> None:
-    for offset, end, local in tensors:
-        flat[offset:end].view(local.shape).copy_(local, non_blocking=flat.is_cuda)
+    """What lies between the tensors becomes 0."""
+    filled = 0
+    for begin, end, local in tensors:
+        if filled < begin:
+            flat[filled:begin].zero_()
+        flat[begin:end].view(local.shape).copy_(local, non_blocking=flat.is_cuda)
+        filled = end
         del local  # else it lasts until the next tensor is put together
+    if filled < len(flat):
+        flat[filled:].zero_()
 
 
 def _has_replicas(model: torch.nn.Module) -> bool:

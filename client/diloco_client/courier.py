@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Format, UnencodableValue, digest, pack_frames
+from diloco_proto.buffers import Buffers
+from diloco_proto.codec import Format, UnencodableValue, pack_frames, worth_level
 from diloco_proto.errors import DilocoError, RolledBack
 from diloco_proto.frame_messages import frame_message_bytes
 from diloco_proto.manifest import Role
@@ -50,6 +51,7 @@ class Courier:
         """For what concerns the whole worker."""
         self._count = binding.layout.num_scheduled
         self._flights = Flights(self._count)
+        self._memory = Buffers(1)
         self._changed = threading.Condition()
         self._encoding = threading.Lock()
         self._run_id = ""
@@ -340,14 +342,14 @@ class Courier:
 
     def _pack(self, flight: Flight, span: Span, fmt: Format) -> None:
         with record_function("diloco::encode"):
-            assert flight.captured is not None
-            delta = self._binding.delta(flight.fragment, flight.base.theta, flight.captured)
-            flight.captured = None
             try:
-                flight.frames = pack_frames(flight.encode(fmt, delta), span.first_block)
+                base = self._binding.rounded(flight.fragment, flight.base.theta)
+                encoded = flight.encode(fmt, base, self._memory.encoded(fmt, span.num_blocks))
             except UnencodableValue as error:
                 flight.unfit = self._binding.non_finite(flight.fragment, error.index)
                 raise flight.unfit from error
+            flight.captured = None
+            flight.frames = pack_frames(encoded, span.first_block, worth_level(fmt, self._transport.up_speed))
 
     # -- pull thread --
 
@@ -377,6 +379,6 @@ class Courier:
         """The fragment's newest parameters: by updates on top of `base`, or its snapshot. Raises RolledBack."""
         return self._fetcher.fetch(fragment, base, run_id)
 
-    def _credible(self, newer: Base) -> bool:
-        """Whether it is what the server has, as far as this process can tell."""
-        return digest(newer.theta) == newer.announced
+    def _credible(self, newer: Base, found: int) -> bool:
+        """Whether it is what the server has, as far as this process can tell by its digest."""
+        return found == newer.announced

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import numpy as np
 from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import CorruptFrame
 from diloco_proto.errors import ConnectionClosed
 
-from .binding import Binding, host_buffer
+from .binding import Binding
 from .flights import Base
 from .transport import PulledItem, Transport
 
@@ -23,9 +22,10 @@ SNAPSHOT_TRIES = 3
 
 
 class Fetcher:
-    """`credible` says of what was fetched whether it is what the server has, as far as this process can tell."""
+    """`credible` says of what was fetched and its digest whether it is what the server has, as far as this process can
+    tell."""
 
-    def __init__(self, transport: Transport, binding: Binding, credible: Callable[[Base], bool]) -> None:
+    def __init__(self, transport: Transport, binding: Binding, credible: Callable[[Base, int], bool]) -> None:
         self._transport = transport
         self._binding = binding
         self._credible = credible
@@ -60,19 +60,18 @@ class Fetcher:
         if not items:
             return base
         span = self._binding.spans[fragment]
-        theta = host_buffer(span.length, pinned=self._binding.pinned(fragment))
-        if base is not None:
-            np.copyto(theta, base.theta)
+        theta, former = self._binding.host_buffer(fragment), None if base is None else base.theta
         for item in items:
             try:
-                item.apply(theta, span.first_block)
+                found = item.apply(former, theta, span.first_block)
             except CorruptFrame as error:
                 log.warning("fragment %d: %s", fragment, error)
                 return None
             if item.kind == pb.ITEM_UPDATE:
                 self._transport.counters.update(item.nbytes, span.parameters)
+            former = theta
         newer = Base(items[-1].version, theta, items[-1].digest)
-        return newer if self._credible(newer) else None
+        return newer if self._credible(newer, found) else None
 
 
 def unfit_snapshot(fragment: int) -> ConnectionClosed:

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Encoded, Format, decode_fragment, encode_fragment
+from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, empty_encoded, encode_difference
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import DilocoError
 
@@ -98,15 +98,22 @@ class Flight:
             return None
         return self.next_residual if self.residual is None else self.next_residual - self.residual
 
-    def encode(self, fmt: Format, delta: Floats) -> Encoded:
-        """Encode Δ, and what earlier contributions left out with it. Raises UnencodableValue."""
-        if not self.feedback:
-            self.encoded = encode_fragment(fmt, delta)
-            return self.encoded
-        whole = delta if self.residual is None else delta + self.residual
-        self.encoded = encode_fragment(fmt, whole)
-        self.next_residual = np.subtract(whole, decode_fragment(self.encoded))
-        return self.encoded
+    def encode(self, fmt: Format, base: Floats, memory: Encoded | None = None) -> Encoded:
+        """Encode Δ = `base` − captured, and with it what earlier contributions left out. `base` is that of the flight,
+        rounded as the local values are, so that a bf16 parameter does not send its own rounding as a gradient.
+        `memory`: for the result, if it need not get its own.
+
+        Raises UnencodableValue.
+        """
+        assert self.captured is not None
+        encoded = memory or empty_encoded(fmt, len(base) // BLOCK)
+        left_out = np.empty_like(base) if self.feedback else None
+        local = self.captured.wait()
+        bad = encode_difference(fmt, base, local, encoded.scales, encoded.codes, self.residual, left_out)
+        if bad >= 0:
+            raise UnencodableValue(bad)
+        self.encoded, self.next_residual = encoded, left_out
+        return encoded
 
 
 @dataclass(frozen=True, slots=True)

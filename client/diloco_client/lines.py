@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 
+from diloco_proto.speeds import Speeds
+
 from .connect import Connector, Line
 from .counters import Counters
 from .network import Network, Throttle
@@ -35,6 +37,7 @@ class Lines:
         self.connector = connector
         self.network = network
         self.counters = Counters()
+        self.up_speeds = Speeds()
         self.closed = threading.Event()
         self.watchdog = Watchdog()
         self._up = Throttle(network.upload_limit)

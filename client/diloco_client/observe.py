@@ -10,7 +10,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import CorruptFrame, digest
+from diloco_proto.codec import CorruptFrame
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import ConnectionClosed, NotReady
 from diloco_proto.manifest import Fragment, Pattern, TensorSpec, build_layout
@@ -173,10 +173,10 @@ def _pull_snapshot(transport: Transport, run_id: str, fragment: Fragment, timeou
     items = transport.pull(request, timeout)
     values = np.empty(fragment.length, np.float32)
     try:
-        items[-1].apply(values)
+        found = items[-1].apply(None, values)
     except CorruptFrame as error:
         raise ConnectionClosed(f"the snapshot of fragment {fragment.index} is damaged: {error}") from error
-    if digest(values) != items[-1].digest:
+    if found != items[-1].digest:
         raise ConnectionClosed(f"the snapshot of fragment {fragment.index} does not match its digest")
     return values
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import BLOCK, CorruptFrame, decode, is_intact, read_frame, subtract
+from diloco_proto.codec import BLOCK, CorruptFrame, decode_into, is_intact, read_frame, subtract_into
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import DamagedFrame
 from diloco_proto.frame_messages import Data, frame_message_bytes
@@ -30,24 +30,29 @@ class PulledItem:
     nbytes: int = 0
     """Bytes of the messages that brought it."""
 
-    def apply(self, theta: Floats, first_block: int = 0) -> None:
-        """Bring a fragment's parameters, or a part of them from block `first_block` on, float32[length], to this item's
-        version, in place.
+    def apply(self, base: Floats | None, theta: Floats, first_block: int = 0) -> int:
+        """Write a fragment's parameters at this item's version, or a part of them from block `first_block` on,
+        float32[length], to `theta`; returns their digest. An update is on top of `base`, which may be `theta`.
 
         Raises CorruptFrame unless the frames are whole and cover theta in order; it is of no use then.
         """
-        operation = decode if self.kind == pb.ITEM_SNAPSHOT else subtract
-        end = 0
+        end = value = 0
         for data in self.frames:
-            frame = read_frame(data)
+            frame = read_frame(data, intact=True)
             stop = end + frame.num_blocks * BLOCK
             wanted = first_block + end // BLOCK
             if frame.first_block != wanted or stop > theta.size:
                 raise CorruptFrame(f"a frame begins at block {frame.first_block}, not at {wanted}")
-            operation(frame.format, frame.scales, frame.codes, theta[end:stop])
+            its, out = (frame.format, frame.scales, frame.codes), theta[end:stop]
+            if self.kind == pb.ITEM_SNAPSHOT:
+                value += decode_into(*its, out, wanted)
+            else:
+                assert base is not None
+                value += subtract_into(*its, base[end:stop], out, wanted)
             end = stop
         if end != theta.size:
             raise CorruptFrame(f"the frames end at block {end // BLOCK} of {theta.size // BLOCK}")
+        return value % (1 << 64)
 
 
 class PullStripe:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ class PushStripe:
         Raises ConnectionError for what another attempt may mend, or a typed error.
         """
         stream = _PushStream(self._lines, self._header, self._frames)
+        began = moved = time.monotonic()
         try:
             with self._lines.call(self._name, stream.start, self._patience) as (call, watch):
                 for reply in call:
@@ -67,8 +69,10 @@ class PushStripe:
                     self._lines.received(reply.ByteSize())
                     if reply.HasField("outcome"):
                         outcome: pb.Outcome = reply.outcome
+                        self._lines.up_speeds.note(stream.sent, moved - began)
                         return outcome
                     stream.on_reply(reply)
+                    moved = time.monotonic()  # from the last Ack on it is the server's disk that takes time
                     self.progress = max(self.progress, stream.held + stream.acked)
         except DamagedFrame as error:
             self._on_damage(error, stream.held)
@@ -104,6 +108,8 @@ class _PushStream:
         """Frames that the server had at the start."""
         self.acked = 0
         """Frames that it has taken in since."""
+        self.sent = 0
+        """Bytes."""
 
     def start(self, stub: Any, watch: Watch) -> object:
         return stub.Push(self._requests(watch))
@@ -139,6 +145,7 @@ class _PushStream:
 
     def _counted(self, message: bytes) -> bytes:
         self._lines.sent(len(message))
+        self.sent += len(message)
         return message
 
 

@@ -76,6 +76,11 @@ class Transport:
         return since is not None and time.monotonic() - since > FAILING_SECONDS
 
     @property
+    def up_speed(self) -> float | None:
+        """Bytes a second of the slowest of the last long pushes; None while there was none."""
+        return self._lines.up_speeds.slowest
+
+    @property
     def closed(self) -> threading.Event:
         return self._lines.closed
 

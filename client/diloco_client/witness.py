@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch.distributed.tensor import DTensor
 
 TENSORS, SAMPLES = 512, 16
 """Tensors that are looked at, and values of each, spread over all there are: it costs less than a millisecond a step.
@@ -32,7 +31,7 @@ class Witness:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         plain = (torch.Tensor, torch.nn.Parameter)
-        known = [t for t in tensors if type(t) in plain or isinstance(t, DTensor)]
+        known = [t for t in tensors if type(t) in plain or hasattr(t, "to_local")]
         self._tensors = known[:: -(-len(known) // TENSORS) or 1]
         self._places: list[int] = []
         self._samples: list[list[torch.Tensor]] = []
@@ -75,7 +74,7 @@ class Witness:
 
     def _look(self) -> list[torch.Tensor]:
         """Samples of all tensors, in one for each device."""
-        local = [t._local_tensor if isinstance(t, DTensor) else t for t in self._tensors]
+        local = [t.to_local() if hasattr(t, "to_local") else t for t in self._tensors]  # a DTensor, or plain
         places = [t.data_ptr() for t in local]
         if places != self._places:
             self._places, self._samples = places, _by_device(_sample(t) for t in local if t.numel())

@@ -69,7 +69,10 @@ class Assembly:
     for the same place gets an assembly of its own. All else belongs to one thread.
     """
 
-    def __init__(self, fragment: Fragment, fmt: Format, work: Work = Work(), serial: int = 0) -> None:
+    def __init__(
+        self, fragment: Fragment, fmt: Format, work: Work = Work(), serial: int = 0, memory: Encoded | None = None
+    ) -> None:
+        """`memory`: to be filled; else it gets its own."""
         self.serial = serial
         """Under which its frames are kept on disk."""
         self.fragment = fragment
@@ -77,7 +80,7 @@ class Assembly:
         self.work = work
         self.frames: dict[int, int] = {}
         """First block of each frame held -> its xxh3."""
-        self._encoded = empty_encoded(fmt, fragment.num_blocks)
+        self._encoded = memory or empty_encoded(fmt, fragment.num_blocks)
         self._claims: dict[int, Place] = {}
         self.streams = 0
         """How many bring it frames now."""

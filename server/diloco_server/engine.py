@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Format
 from diloco_proto.errors import ConnectionClosed, DilocoError, Superseded
+from diloco_proto.speeds import Speeds
 
 from .keeper import Keeper
 from .limits import Limits
@@ -54,6 +55,7 @@ class Engine:
         self.limits = Limits()
         self.metrics = Metrics()
         self.rates = Rates()
+        self.reader_speeds = Speeds()
         self.storage: Callable[[], pb.Storage | None] | None = None
         """How the run stands on disk; None while nothing is kept there."""
         self.on_failure: Callable[[Exception], None] | None = None
@@ -171,6 +173,7 @@ class Engine:
             await self.keeper.durable()  # the decision, and what it was made of
             async with self.fragment_lock(close.fragment):
                 began = self.clock()
+                self.run.parameters.reader_speed = self.reader_speeds.slowest
                 committed = await loop.run_in_executor(self.threads, self.run.commit, close, self.threads)
                 self.keeper.reach("before_publish")
                 self.run.publish(committed, self.clock())

@@ -147,10 +147,11 @@ def commit(
     *,
     scales: Sequence[float] | None = None,
     delay: int = 1,
+    memory: Encoded | None = None,
 ) -> Encoded:
     """One outer step on the weighted mean of the contributions; returns the update, already subtracted from theta.
 
-    The new theta's digest is in the state.
+    The new theta's digest is in the state. `memory`: for the update, if it need not get its own.
 
     Contributions cover the fragment, are legal (`codec.validate`, as every frame read is) and may be in
     different formats. Their order matters to the last bit: the caller sorts them. Weights are >= 0 and not all
@@ -173,7 +174,7 @@ def commit(
     window = state.window if state.buffered else delay
     last = not delayed or state.buffered + 1 >= window
     shares = coefficients(weights, scales, float(window) if delayed else None)
-    step = _Step(state, contributions, shares, settings, last)
+    step = _Step(state, contributions, shares, settings, last, memory)
     bounds = (state.bounds or state.measure()).after(*step.magnitudes)
     if not bounds.safe():
         bounds = state.measure().after(*step.magnitudes)
@@ -239,6 +240,7 @@ class _Step:
         shares: Sequence[np.float32],
         settings: OuterSettings,
         last: bool,
+        memory: Encoded | None,
     ) -> None:
         n = state.theta.size
         assert all(a.dtype == np.float32 and a.flags.c_contiguous and a.size == n for a in _arrays(state))
@@ -253,7 +255,7 @@ class _Step:
         mu = 0.0 if state.momentum is None else settings.momentum
         self.magnitudes = (g, mu, settings.lr, last)
         """What the bounds after the step depend on."""
-        self.update = kernels.empty_encoded(settings.downlink, self.num_blocks)
+        self.update = memory or kernels.empty_encoded(settings.downlink, self.num_blocks)
         self._state = state
         self._settings = settings
         self._optimizer = _optimizer(state, last)

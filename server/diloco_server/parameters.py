@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack_frames
+from diloco_proto.buffers import Buffers
+from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack_frames, worth_level
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
 from diloco_proto.frame_messages import frame_message
@@ -19,7 +20,7 @@ from diloco_proto.wire import codec_to_pb
 
 from .outer import DELAYED, FragmentState, OuterSettings, commit, spread
 
-KEPT_UPDATES = 2
+KEPT_UPDATES = 1
 """Published updates of a fragment that are kept in memory whatever their size; who is further behind than the
 kept ones takes a snapshot."""
 
@@ -127,6 +128,9 @@ class Parameters:
 
     def __init__(self, layout: Layout, settings: OuterSettings) -> None:
         self._delayed = settings.optimizer == DELAYED
+        self.reader_speed: float | None = None
+        """Bytes a second that the slowest reader takes; None while unknown."""
+        self._memory = Buffers(1)
         self._globals = []
         for fragment in layout.fragments:
             its = BUFFERS if fragment.role is Role.BUFFER else settings
@@ -188,12 +192,18 @@ class Parameters:
             target.state.theta = target.state.theta.copy()
         counted = True
         try:
-            update = commit(target.state, payloads, weights, target.settings, threads, scales=scales, delay=delay)
+            memory = self._memory.encoded(target.settings.downlink, target.fragment.num_blocks)
+            update = commit(
+                *(target.state, payloads, weights, target.settings, threads),
+                scales=scales,
+                delay=delay,
+                memory=memory,
+            )
             value = target.state.digest
         except UnencodableValue:
             counted = False
             update, value = _zero_update(target.fragment, target.settings.downlink), target.digest
-        messages = _serialized(update, threads)
+        messages = _serialized(update, worth_level(update.format, self.reader_speed), threads)
         item = pb.Item(
             kind=pb.ITEM_UPDATE,
             version=target.version + 1,
@@ -289,14 +299,14 @@ def snapshot_item(snapshot: Snapshot, first: int, stop: int | None = None) -> pb
     )
 
 
-def _serialized(update: Encoded, threads: Executor | None) -> tuple[bytes, ...]:
+def _serialized(update: Encoded, level: int | None, threads: Executor | None) -> tuple[bytes, ...]:
     """Serialized PullReply of each frame of an update; idle threads help."""
     step = update.format.spec.frame_blocks
     messages = [b""] * -(-update.num_blocks // step)
 
     def serialize(number: int) -> None:
         first = number * step
-        (frame,) = pack_frames(update.part(first, first + step), first)
+        (frame,) = pack_frames(update.part(first, first + step), first, level)
         messages[number] = frame_message(frame)
 
     spread(serialize, range(len(messages)), threads)

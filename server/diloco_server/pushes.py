@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from diloco_proto import outer_pb2 as pb
+from diloco_proto.buffers import Buffers
 from diloco_proto.codec import Format, decode_fragment, kernels
 from diloco_proto.errors import ConnectionClosed, InvalidContribution, TooMuchInFlight
 from diloco_proto.manifest import Fragment, Layout, Role
@@ -88,6 +89,10 @@ class _Filling:
     assembly: Assembly
 
 
+KEPT_BUFFERS = 16
+"""Of contributions, for those of the next rounds."""
+
+
 class Pushes:
     """The incomplete contributions and seeds of one model, by key: one a worker and fragment, and together no more
     than `max_bytes`. What nobody is filling makes room for what somebody wants to."""
@@ -96,6 +101,7 @@ class Pushes:
         self._layout = layout
         self._uplink = uplink
         self._assemblies: dict[Key, _Filling] = {}
+        self._memory = Buffers(KEPT_BUFFERS)
         self.next_serial = 1
         parameters = sum(f.num_blocks for f in layout.fragments)
         self.max_bytes = max(LEAST_IN_FLIGHT, parameters * Format.FP32.spec.code_bytes)
@@ -120,7 +126,10 @@ class Pushes:
         if assembly is None or not assembly.claim(announced.places):
             # Nothing incomplete was ever acknowledged: a worker that starts over may bring other bytes. Nor may parts
             # of two processes be mixed.
-            assembly = Assembly(announced.fragment, announced.format, Work.of(header), self.next_serial)
+            memory = None
+            if header.purpose == pb.PURPOSE_CONTRIBUTION:  # parameters come once
+                memory = self._memory.encoded(announced.format, announced.fragment.num_blocks)
+            assembly = Assembly(announced.fragment, announced.format, Work.of(header), self.next_serial, memory)
             fits = assembly.claim(announced.places)
             assert fits, "the frames of one stream do not overlap"
             self._make_room(key, assembly)

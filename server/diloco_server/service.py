@@ -191,6 +191,7 @@ class Service:
             request = await self._only(requests, context)
             with self._limits.hold(Stream.PULL, address_of(context.peer())):
                 writer = _Writer(context, self._limits.bounds.unread_seconds)
+                began = self._engine.clock()
                 try:
                     async with aclosing(self._pull(request)) as messages:
                         async for message in messages:
@@ -198,6 +199,8 @@ class Service:
                             self._engine.bytes_out += len(message)
                 finally:
                     await writer.settle()
+                if not request.snapshot:
+                    self._engine.reader_speeds.note(writer.written, self._engine.clock() - began)
         except DilocoError as error:
             await self._refuse(context, "Pull", error)
 
@@ -280,6 +283,8 @@ class _Writer:
         self._context = context
         self._patience = patience
         self._write: asyncio.Future[None] | None = None
+        self.written = 0
+        """Bytes."""
 
     async def write(self, message: bytes) -> None:
         """Raises ConnectionClosed when the reader takes nothing for too long; `settle` then waits for it."""
@@ -288,6 +293,7 @@ class _Writer:
         if not done:
             raise ConnectionClosed(f"nothing of this pull was read for {self._patience:.0f} s")
         await write
+        self.written += len(message)
 
     async def settle(self) -> None:
         """Until the last message is gone, or the call has ended: gRPC holds it so long, so it must count so long."""

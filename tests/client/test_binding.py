@@ -37,6 +37,11 @@ def flat(binding: Binding, fragment: int = 0) -> Floats:
     return binding.capture(fragment).wait().copy()
 
 
+def delta_of(binding, fragment, base):
+    """Δ, as `Flight.encode` computes it."""
+    return binding.rounded(fragment, base) - binding.capture(fragment).wait()
+
+
 def normal(generator: np.random.Generator) -> Floats:
     return generator.standard_normal(64, dtype=np.float32)
 
@@ -172,7 +177,7 @@ def test_bf16_parameters_do_not_send_their_rounding() -> None:
     binding = bind(model)
     base = normal(np.random.default_rng(2))  # not representable in bf16
     binding.adopt(0, base)
-    assert not binding.delta(0, base, binding.capture(0)).any()
+    assert not delta_of(binding, 0, base).any()
     plain = base - flat(binding)
     assert np.abs(plain).max() > 0
 
@@ -183,9 +188,9 @@ def test_a_rebase_keeps_all_local_progress() -> None:
     random = np.random.default_rng(3)
     old, new, progress = normal(random), normal(random), normal(random) * 0.01
     binding.adopt(0, old + progress)
-    delta = binding.delta(0, old, binding.capture(0))
+    delta = delta_of(binding, 0, old)
     binding.shift(0, binding.rebase_change(0, old, new, None))
-    np.testing.assert_allclose(binding.delta(0, new, binding.capture(0)), delta, atol=1e-6)
+    np.testing.assert_allclose(delta_of(binding, 0, new), delta, atol=1e-6)
 
 
 def test_a_late_merge_takes_out_what_was_counted_and_nothing_else() -> None:
@@ -194,11 +199,11 @@ def test_a_late_merge_takes_out_what_was_counted_and_nothing_else() -> None:
     random = np.random.default_rng(4)
     old, new, pushed, later = normal(random), normal(random), normal(random) * 0.01, normal(random) * 0.01
     binding.adopt(0, old + pushed)
-    contribution = encode_fragment(Format.INT4, binding.delta(0, old, binding.capture(0)))
+    contribution = encode_fragment(Format.INT4, delta_of(binding, 0, old))
     binding.adopt(0, old + pushed + later)
-    whole = binding.delta(0, old, binding.capture(0))
+    whole = delta_of(binding, 0, old)
     binding.shift(0, binding.rebase_change(0, old, new, contribution))
-    left = binding.delta(0, new, binding.capture(0))
+    left = delta_of(binding, 0, new)
     np.testing.assert_allclose(left, whole - decode_fragment(contribution), atol=1e-6)
 
 
@@ -209,12 +214,12 @@ def test_with_error_feedback_a_late_merge_leaves_only_the_later_steps() -> None:
     random = np.random.default_rng(5)
     old, new, pushed, later, residual = (normal(random) * s for s in (1.0, 1.0, 0.01, 0.01, 0.005))
     binding.adopt(0, old + pushed)
-    whole = binding.delta(0, old, binding.capture(0)) + residual
+    whole = delta_of(binding, 0, old) + residual
     contribution = encode_fragment(Format.INT4, whole)
     left_out = whole - decode_fragment(contribution)
     binding.adopt(0, old + pushed + later)
     binding.shift(0, binding.rebase_change(0, old, new, contribution, left_out - residual))
-    np.testing.assert_allclose(binding.delta(0, new, binding.capture(0)), -later, atol=1e-6)
+    np.testing.assert_allclose(delta_of(binding, 0, new), -later, atol=1e-6)
 
 
 def test_bf16_rebase_moves_by_representable_steps() -> None:
@@ -303,7 +308,7 @@ def test_buffers_go_out_and_come_back_and_the_others_stay() -> None:
     assert model.norm.num_batches_tracked == 1
     assert model.precise.tolist() == model.scratch.tolist() == [1.0] * 4
     own = [i for s in binding.layout.fragments[fragment].slots for i in range(s.offset, s.end)]
-    assert not binding.delta(fragment, theta, binding.capture(fragment))[own].any()
+    assert not delta_of(binding, fragment, theta)[own].any()
 
 
 def test_state_dict_has_the_global_buffers_and_the_local_rest() -> None:

@@ -22,6 +22,7 @@ from diloco_proto.codec import (
     CorruptFrame,
     Encoded,
     Format,
+    digest,
     encode_fragment,
     frame_blocks,
     frame_checksum,
@@ -157,7 +158,7 @@ def test_a_pull_goes_on_at_the_frame_where_it_broke(values) -> None:
         (pulled,) = transport.pull(pb.PullRequest(snapshot=True))
     assert (service.pulls[1].skip_frames, service.pulls[1].item_version) == (1, 5)
     theta = np.empty_like(values)
-    pulled.apply(theta)
+    assert pulled.apply(None, theta) == digest(values)
     assert np.array_equal(theta, values)
 
 
@@ -235,9 +236,10 @@ def test_stripes_that_all_are_held_as_parts_are_announced_once_more_as_a_whole(v
     headers: list[pb.PushHeader] = []
 
     def part(requests, context):
-        headers.append(next(requests).header)
+        header = next(requests).header
+        headers.append(header)
         yield pb.PushReply(have=pb.Have())
-        for _ in headers[-1].frame_digests:
+        for _ in header.frame_digests:
             next(requests)
         yield pb.PushReply(outcome=pb.Outcome(kind=pb.OUTCOME_PART_HELD))
 
@@ -367,7 +369,7 @@ def test_an_unreachable_server_is_named() -> None:
 def test_frames_that_do_not_make_the_fragment_are_refused(values, change) -> None:
     item = PulledItem(pb.ITEM_SNAPSHOT, 1, 0, change(frames_of(values)))
     with pytest.raises(CorruptFrame):
-        item.apply(np.empty_like(values))
+        item.apply(None, np.empty_like(values))
 
 
 def test_an_ipv6_address_is_an_address() -> None:

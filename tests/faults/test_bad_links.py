@@ -91,7 +91,7 @@ class Bed:
 def applied(items: list[PulledItem]) -> Floats:
     theta = flat(np.zeros(SIZE, np.float32))
     for item in items:
-        item.apply(theta)
+        item.apply(theta, theta)
     return theta
 
 
@@ -232,19 +232,19 @@ def test_to_wait_for_an_outcome_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> 
     """The server may wait for its disk; it says meanwhile that it is there."""
     monkeypatch.setattr(service, "ANSWER_SECONDS", 0.1)
     with bed(progress_timeout=0.6) as on:
-        durable, keep_frame = on.server.engine.keeper.durable, on.server.engine.keeper.keep_frame
+        durable, room = on.server.engine.keeper.durable, on.server.engine.keeper.room
         waits = iter([1.2, 1.2])
 
         async def slowly(*args):
             await asyncio.sleep(next(waits, 0.0))
             await durable()
 
-        async def keep(*args):
-            on.server.engine.keeper.keep_frame = keep_frame
+        async def crowded():
+            on.server.engine.keeper.room = room
             await asyncio.sleep(1.2)
-            await keep_frame(*args)
+            await room()
 
-        on.server.engine.keeper.durable, on.server.engine.keeper.keep_frame = slowly, keep
+        on.server.engine.keeper.durable, on.server.engine.keeper.room = slowly, crowded
         assert on.push().kind == pb.OUTCOME_STAGED
         assert on.push().kind in (pb.OUTCOME_ALREADY_HAVE, pb.OUTCOME_COUNTED), "answered to its header"
         on.check_counted_once()

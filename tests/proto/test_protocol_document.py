@@ -26,6 +26,7 @@ from make_vectors import (
     vectors,
 )
 
+from diloco_cli.simulate.toy import Copy
 from diloco_client import pulling, pushing, session
 from diloco_client.flights import Base, Flight
 from diloco_client.network import Network
@@ -323,7 +324,7 @@ def test_the_worker_makes_the_error_feedback() -> None:
     flight = Flight(
         fragment=0,
         base=Base(0, delta),
-        captured=None,
+        captured=Copy(np.zeros_like(delta)),
         step=1,
         due_step=1,
         steps=1,

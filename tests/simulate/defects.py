@@ -10,7 +10,7 @@ import pytest
 
 from diloco_client.flights import Flights
 from diloco_client.replica import Replica
-from diloco_proto.codec import decode_fragment
+from diloco_proto.codec import decode_fragment, digest
 from diloco_proto.errors import InvalidContribution
 from diloco_proto.manifest import Manifest
 from diloco_server import parameters, weights
@@ -159,6 +159,7 @@ def unquantized(patch: pytest.MonkeyPatch) -> None:
         before = state.theta.copy()
         update = original(state, *args, **options)
         state.theta[:] = before - (decode_fragment(update) + state.residual)
+        state.digest = digest(state.theta)
         return update
 
     patch.setattr(parameters, "commit", commit)

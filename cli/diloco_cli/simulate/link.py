@@ -15,7 +15,7 @@ from diloco_client.spans import Span
 from diloco_client.transport import RETRY_LATER, PulledItem
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PROTOCOL_VERSION
-from diloco_proto.codec import Format, digest, pack_frames
+from diloco_proto.codec import Format, pack_frames
 from diloco_proto.errors import DilocoError, RolledBack
 from diloco_proto.manifest import Layout, Pattern, Role, build_layout
 from diloco_proto.wire import manifest_to_pb
@@ -306,9 +306,7 @@ class VirtualLink:
             return
         fragment = self.layout.fragments[flight.fragment]
         fmt = Format.FP32 if fragment.role is Role.BUFFER else Format(self.settings.uplink_codec)
-        assert flight.captured is not None
-        delta = self.trainer.delta(fragment.index, flight.base.theta, flight.captured)
-        encoded = flight.encode(fmt, delta)
+        encoded = flight.encode(fmt, self.trainer.rounded(fragment.index, flight.base.theta))
         flight.frames = pack_frames(encoded)
         flight.header = contribution_header(self._identity(), flight, Span.whole(fragment), fmt, flight.frames)
         self.parcels[fragment.index] = parcels_of(flight.header, encoded, min(self._parts, fragment.num_blocks))
@@ -407,11 +405,11 @@ class VirtualLink:
         self._pulling.discard(fragment)
         theta = np.zeros(self.layout.fragments[fragment].length, np.float32) if base is None else base.theta.copy()
         for item in items:
-            item.apply(theta)
+            found = item.apply(theta, theta)
         if items:
             newer = Base(items[-1].version, theta)
             self._watch.arrived(self, fragment, newer)
-            assert digest(theta) == items[-1].digest, "a worker's parameters differ from the server's"
+            assert found == items[-1].digest, "a worker's parameters differ from the server's"
             if self.its_flights.bases:
                 self.its_flights.on_arrived(fragment, newer)
             else:

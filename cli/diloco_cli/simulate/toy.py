@@ -6,7 +6,6 @@ from typing import Protocol
 
 import numpy as np
 
-from diloco_client.flights import Captured
 from diloco_client.replica import Parameters
 from diloco_proto.codec import Encoded, accumulate
 from diloco_proto.codec.formats import Floats
@@ -22,7 +21,9 @@ class Trainer(Parameters, Protocol):
 
     def attach(self, layout: Layout) -> None: ...
     def seed_values(self, fragment: int) -> Floats: ...
-    def delta(self, fragment: int, base: Floats, captured: Captured) -> Floats: ...
+    def rounded(self, fragment: int, theta: Floats) -> Floats:
+        """As the local values are."""
+        ...
 
     def step(self) -> int:
         """One inner step; returns the tokens that it trained on."""
@@ -75,8 +76,8 @@ class ToyTrainer:
     def capture(self, fragment: int) -> Copy:
         return Copy(self.locals[fragment].copy())
 
-    def delta(self, fragment: int, base: Floats, captured: Captured) -> Floats:
-        return base - captured.wait()
+    def rounded(self, fragment: int, theta: Floats) -> Floats:
+        return theta
 
     def mix(self, fragment: int, theta: Floats, alpha: float) -> None:
         local = self.locals[fragment]

@@ -207,6 +207,6 @@ class IslandCourier(Courier):
                 self._fresh[fragment], self._digests[fragment] = newer, found
                 self._council.news()
 
-    def _credible(self, newer: Base) -> bool:
+    def _credible(self, newer: Base, found: int) -> bool:
         """The ranks find out together."""
         return True

@@ -34,7 +34,7 @@ log = logging.getLogger("diloco.server")
 
 Blob = bytes | bytearray | memoryview | NDArray[Any]
 
-QUEUE_BYTES = 64 << 20
+QUEUE_BYTES = 32 << 20
 """As much may wait to be written before `wait_room` waits."""
 
 BATCH_BYTES = 8 << 20
