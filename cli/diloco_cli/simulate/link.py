@@ -11,6 +11,7 @@ import numpy as np
 
 from diloco_client.flights import Arrival, Base, Flight, Flights
 from diloco_client.messages import contribution_header, seed_push
+from diloco_client.pushing import most_telling
 from diloco_client.spans import Span
 from diloco_client.transport import RETRY_LATER, PulledItem
 from diloco_proto import outer_pb2 as pb
@@ -318,15 +319,17 @@ class VirtualLink:
         if self._sending.get(flight.fragment) is flight or not self.connected:
             return
         self._sending[flight.fragment] = flight
-        left = len(parcels)
+        outcomes: list[pb.Outcome] = []
 
         def answered(outcome: pb.Outcome) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0 and self._sending.get(flight.fragment) is flight:
+            outcomes.append(outcome)
+            if len(outcomes) < len(parcels):
+                return
+            if self._sending.get(flight.fragment) is flight:
                 del self._sending[flight.fragment]
             if self.its_flights.flight(flight.fragment) is flight:
-                self.its_flights.on_outcome(flight, outcome)
+                if self.its_flights.on_outcome(flight, most_telling(outcomes)):
+                    self._send_flight(flight)
                 self._fetch_wanted()
                 self._changed()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import BATCH, RECORDS
+from two_ranks import BATCH, RECORDS
 
 import diloco_client
 from diloco_server import RunConfig, serve
@@ -22,7 +22,7 @@ CONFIG = {"sync_every": 4, "num_fragments": 1, "overlap_steps": 1}
 @pytest.mark.parametrize("kind", ["lightning", "transformers"])
 def test_the_ranks_of_a_worker_leave_out_none_of_its_data(kind: str, tmp_path: Path) -> None:
     with serve(RunConfig(**CONFIG)) as server:
-        command = [*TORCHRUN, Path(__file__).with_name("ranks.py"), kind, server.address, tmp_path]
+        command = [*TORCHRUN, Path(__file__).with_name("two_ranks.py"), kind, server.address, tmp_path]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100
         )
