@@ -1,5 +1,5 @@
-"""One rank of a worker of two, under torchrun: `two_ranks.py lightning|transformers ADDRESS FOLDER`. It writes the records
-that it has trained on, by batches, to FOLDER/RANK.json."""
+"""One rank of a worker of two, under torchrun: `two_ranks.py lightning|transformers ADDRESS FOLDER`. It writes the
+records that it has trained on, by batches, to FOLDER/RANK.json."""
 
 from __future__ import annotations
 
