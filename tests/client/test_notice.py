@@ -74,7 +74,7 @@ def test_work_of_after_a_push_waits_for_its_fate_and_goes_after_it(received: lis
         assert received == [signal.SIGTERM]
         assert counted_steps(server.address) == [3]
         closing.join()
-        other[0].outer.flush()
+        other[0].outer.flush(together=True)  # until all that was staged has been counted
         assert counted_steps(server.address) == [5]
 
 

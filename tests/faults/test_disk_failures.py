@@ -118,7 +118,9 @@ def test_a_full_disk_stops_all_acknowledgements_until_there_is_room(
 ) -> None:
     with serve(CONFIG, state_dir=tmp_path) as server, entered(server) as worker:
         assert server.engine.keeper._store is not None
-        server.engine.keeper._store.journal._retry_seconds = 0.02
+        journal = server.engine.keeper._store.journal
+        journal._retry_seconds = 0.02
+        until(lambda: journal.queued_bytes == 0, "what came before the push to be written")
         disk.fail("write", errno.ENOSPC)
         outcome = thread.submit(push, worker)
         until(lambda: "No space left on device" in look(worker)[1], "the trouble to be shown")
