@@ -77,8 +77,8 @@ class Transport:
 
     @property
     def up_speed(self) -> float | None:
-        """Bytes a second of the slowest of the last long pushes; None while there was none."""
-        return self._lines.up_speeds.slowest
+        """Bytes a second of the fastest of the last long pushes; None while there was none."""
+        return self._lines.up_speeds.fastest
 
     @property
     def closed(self) -> threading.Event:

@@ -23,6 +23,11 @@ class Speeds:
             self._last.append(nbytes / max(seconds, 1e-9))
 
     @property
+    def fastest(self) -> float | None:
+        """Bytes a second; None while nothing is known. Of one link: what made the others slower was something else."""
+        return max(tuple(self._last), default=None)
+
+    @property
     def slowest(self) -> float | None:
-        """Bytes a second; None while nothing is known."""
+        """Likewise. Of several links: none of them is slower."""
         return min(tuple(self._last), default=None)

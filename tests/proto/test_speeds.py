@@ -6,17 +6,17 @@ from diloco_proto.codec import Format, worth_level
 from diloco_proto.speeds import KEPT, LEAST_BYTES, Speeds
 
 
-def test_the_slowest_of_the_last_long_transfers_counts() -> None:
+def test_the_last_long_transfers_count() -> None:
     speeds = Speeds()
-    assert speeds.slowest is None
+    assert speeds.slowest is speeds.fastest is None
     speeds.note(LEAST_BYTES - 1, 1.0)
-    assert speeds.slowest is None
+    assert speeds.slowest is speeds.fastest is None
     for seconds in (1.0, 4.0, 2.0):
         speeds.note(2 * LEAST_BYTES, seconds)
-    assert speeds.slowest == LEAST_BYTES / 2
+    assert (speeds.slowest, speeds.fastest) == (LEAST_BYTES / 2, 2 * LEAST_BYTES)
     for _ in range(KEPT):
         speeds.note(LEAST_BYTES, 0.01)
-    assert speeds.slowest == 100 * LEAST_BYTES
+    assert speeds.slowest == speeds.fastest == 100 * LEAST_BYTES
     speeds.note(LEAST_BYTES, 0.0)
 
 
