@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--server", help="join URL, file:PATH or HOST:PORT; else DILOCO_URL or DILOCO_URL_FILE")
     parser.add_argument("--name", default="llama", help="of this worker, another on each machine")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--every", type=int, default=100, help="steps between two evaluations and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory of checkpoints and model")
     args = parser.parse_args()
 
@@ -52,8 +53,8 @@ def main() -> None:
             warmup_steps=20,
             logging_steps=10,
             eval_strategy="steps",
-            eval_steps=100,  # of the global parameters
-            save_steps=100,
+            eval_steps=args.every,  # of the global parameters
+            save_steps=args.every,
             save_total_limit=2,
             include_num_input_tokens_seen="all",  # contributions are weighed by tokens
             report_to="none",

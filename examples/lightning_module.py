@@ -59,16 +59,16 @@ def main() -> None:
     parser.add_argument("--server", help="join URL, file:PATH or HOST:PORT; else DILOCO_URL or DILOCO_URL_FILE")
     parser.add_argument("--name", default="gpt", help="of this worker, another on each machine")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--every", type=int, default=100, help="steps between two evaluations and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory of checkpoints, logs and model")
     args = parser.parse_args()
-
     folder, save = args.out / args.name, {"save_global": "theta.safetensors", "report_tokens": Tensor.numel}
     diloco = DilocoCallback(args.server, worker_id=args.name, sigterm_seconds=30, **save)
     trainer = Trainer(
         max_steps=args.steps,
-        callbacks=[diloco, ModelCheckpoint(folder, every_n_train_steps=100, save_last=True)],
+        callbacks=[diloco, ModelCheckpoint(folder, every_n_train_steps=args.every, save_last=True)],
         log_every_n_steps=10,
-        val_check_interval=100,
+        val_check_interval=args.every,
         default_root_dir=folder,
     )
     trainer.fit(GPT(diloco), ckpt_path="last")

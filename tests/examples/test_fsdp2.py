@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed.fsdp
 from pair import EXAMPLES, SETTINGS
 from safetensors.torch import load_file
 
@@ -16,6 +18,7 @@ import diloco_client
 from diloco_server import RunConfig, serve
 
 
+@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is in torch 2.6 and later")
 def test_two_ranks_are_one_worker_and_end_on_the_same_parameters_as_another(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     commands = {

@@ -29,7 +29,7 @@ def check_end(address: str, folder: Path, result: str) -> None:
 
 def test_transformers(tmp_path: Path) -> None:
     with serve(RunConfig(**CONFIG, grace_seconds="inf")) as server:
-        arguments = ("--server", server.address, "--steps", "6", "--out", str(tmp_path))
+        arguments = ("--server", server.address, "--steps", "6", "--every", "3", "--out", str(tmp_path))
         outputs = outputs_of_two("huggingface.py", tmp_path, *arguments)
         check_end(server.address, tmp_path, "theta/model.safetensors")
     for name, output in zip("ab", outputs, strict=True):
@@ -41,7 +41,8 @@ def test_transformers(tmp_path: Path) -> None:
 def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(RunConfig(**CONFIG, grace_seconds="inf")) as server:
         monkeypatch.setitem(SETTINGS, "DILOCO_URL", server.address)
-        outputs = outputs_of_two("lightning_module.py", tmp_path, "--steps", "6", "--out", str(tmp_path))
+        arguments = ("--steps", "6", "--every", "3", "--out", str(tmp_path))
+        outputs = outputs_of_two("lightning_module.py", tmp_path, *arguments)
         check_end(server.address, tmp_path, "theta.safetensors")
     for name, output in zip("ab", outputs, strict=True):
         assert f"{tmp_path / name / 'theta.safetensors'} holds the global parameters" in output
