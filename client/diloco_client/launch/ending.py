@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing import util
+from multiprocessing.process import BaseProcess
 from types import CodeType, FrameType
 from typing import Any
 
@@ -30,11 +31,11 @@ def call_at_end(on_end: OnEnd) -> None:
     A process that is killed, or leaves by `os._exit`, ends without.
     """
     once = _once(on_end)
-    if multiprocessing.parent_process() is not None:
+    if sys.version_info >= (3, 12):
+        _watch_main(once)
+    elif multiprocessing.parent_process() is not None:
         # One that was forked never returns from its main program, and has no atexit.
         util.Finalize(None, lambda: once(sys.exc_info()[1]), exitpriority=1000)
-    elif sys.version_info >= (3, 12):
-        _watch_main(once)
     else:
         _at_exit(once)
 
@@ -58,10 +59,13 @@ def _once(on_end: OnEnd) -> OnEnd:
 
 
 if sys.version_info >= (3, 12):
+    BOOTSTRAP = BaseProcess._bootstrap.__code__  # type: ignore[attr-defined]
 
     def _watch_main(on_end: OnEnd) -> None:
+        """In a process of multiprocessing the main program is what its `_bootstrap` calls; that makes an exit code of
+        what it raises, and of what `on_end` does."""
         frame: FrameType = sys._getframe()
-        while frame.f_back is not None:
+        while frame.f_back is not None and frame.f_back.f_code is not BOOTSTRAP:
             frame = frame.f_back
         main = frame.f_code
         watcher, events = sys.monitoring, sys.monitoring.events
