@@ -1,11 +1,11 @@
 # syntax=docker/dockerfile:1
 # A worker: torch and the client. It trains examples/plain.py unless it is told otherwise. From the root of the repository:
 #   docker build -f docker/worker.Dockerfile -t diloco-worker .
-# For GPUs name another index of PyTorch's builds:
-#   docker build -f docker/worker.Dockerfile -t diloco-worker --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+# torch is the build with CUDA that pip finds by itself; --build-arg TORCH_INDEX=URL names an index of PyTorch's with another,
+# such as the much smaller one for CPUs (docs/containers.md).
 
 FROM python:3.13-slim-bookworm AS build
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 WORKDIR /src
 COPY constraints.txt ./
 # torch in a layer of its own: it is the larger part, and changes seldom.
