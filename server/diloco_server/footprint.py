@@ -17,7 +17,7 @@ _M_MMAP_THRESHOLD = -3
 LARGE = 8 << 20
 """Bytes; blocks of that size and more go back to the system when they are freed. Frames are below."""
 
-SPARE = 16 << 20
+SPARE = 4 << 20
 """Bytes of freed memory that an arena may keep at its end."""
 
 COMPILER = "llvmlite"

@@ -81,6 +81,8 @@ def test_every_name_is_documented_and_every_documented_name_is_there(server: Dae
         train(server, a, b)
         a.say(heartbeat=pb.Heartbeat(step=4, steps=4, loss=2.5))
         a.say(heartbeat=pb.Heartbeat(step=8, steps=8, train_seconds=2.0, loss=2.5))
+        for _ in range(2):
+            a.expect("beat")  # it was heard
         with pytest.raises(grpc.RpcError):
             a.push(7, frames_of(np.ones(50)))
         given = names(settled(server))
