@@ -2,7 +2,7 @@
 
     python benchmarks/report.py [NAME ...] [--list]
 
-Without names all of `PARTS`, one after the other, in about an hour; the machine should have nothing else to do. Of each
+Without names all of `PARTS`, one after the other; the machine should have nothing else to do. Of each
 its JSON object goes to results/NAME.json, and what it prints into docs/performance.md, between the lines
 
     <!-- NAME -->

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from raw_worker import RawWorker, frames_of, manifest_of
@@ -133,7 +134,7 @@ MISTAKES: dict[str, tuple[Sequence[str], dict[str, str], str]] = {
     ),
     "an unknown codec": (["--uplink-codec", "nonsense"], {}, "'nonsense' is not one of 'fp32', 'bf16'"),
     "no number": (["--outer-lr", "fast"], {}, "'fast' is not a valid float"),
-    "an unknown flag": (["--sync-evry", "5"], {}, "--sync-evry"),
+    "an unknown flag": (["--sync-evry", "5"], {}, click.NoSuchOption("--sync-evry").format_message().rstrip(".")),
     "secure and insecure": (["--host", "0.0.0.0", "--insecure", "--secure"], {}, "insecure turns TLS and tokens off"),
     "a variable": ([], {"DILOCO_MIN_WORKERS": "0"}, "min_workers is 0; it must be at least 1"),
     "no config file": (["--config", "missing.toml"], {}, "missing.toml: No such file"),
