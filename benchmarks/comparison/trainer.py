@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from diloco_client.binding import Binding
+from diloco_client.captured import Captured
 from diloco_client.demo import corpus
 from diloco_client.demo.model import ByteGPT, ModelConfig
-from diloco_client.flights import Captured
 from diloco_proto.codec import Encoded
 from diloco_proto.codec.formats import Floats
 from diloco_proto.manifest import Layout

@@ -22,7 +22,7 @@ from diloco_proto.codec.formats import Bytes, Floats
 from diloco_proto.errors import NonFiniteParameter, UnsupportedModel
 from diloco_proto.manifest import DTYPES, Fragment, Layout, Manifest, Role, TensorSpec
 
-from .flights import Captured
+from .captured import Captured, InPlace
 from .optimizers import check_optimizers
 from .spans import Span
 
@@ -44,7 +44,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class HostCopy:
-    """A copy of one fragment's local values, float32[length] in host memory, complete once `ready` has passed."""
+    """Captured: a copy in host memory, float32[length], complete once `ready` has passed."""
 
     values: torch.Tensor
     ready: torch.cuda.Event | None
@@ -162,9 +162,13 @@ class Binding:
     # -- training thread --
 
     @torch.no_grad()
-    def capture(self, fragment: int) -> HostCopy:
-        """Copy the fragment's local values. On CUDA the training stream only runs a copy on the device; the way
-        to the host goes over a stream of its own into pinned memory."""
+    def capture(self, fragment: int) -> Captured:
+        """The fragment's local values: where they are if host memory has them as they are encoded, else a copy. On CUDA
+        the training stream only runs a copy on the device; the way to the host goes over a stream of its own into
+        pinned memory."""
+        if self._in_place(fragment):
+            found = [(begin, t.detach().view(-1).numpy()) for begin, _, t in self._local(fragment)]
+            return InPlace(found, self.spans[fragment].length)
         with record_function("diloco::capture"):
             tensors = self._local(fragment)
             device = self._common_device(fragment)
@@ -190,7 +194,9 @@ class Binding:
         """local ← α·local + (1 − α)·θ, the merge of a contribution that was counted on schedule."""
         with record_function("diloco::apply"):
             for local, value in self._on_device(fragment, theta):
-                if local.dtype == torch.float32:
+                if not alpha:
+                    local.copy_(value)
+                elif local.dtype == torch.float32:
                     local.lerp_(value, 1.0 - alpha)
                 else:
                     local.copy_(local.float().lerp_(value, 1.0 - alpha))
@@ -326,6 +332,11 @@ class Binding:
                 "cannot be averaged between workers. Keep its shape, or register it with persistent=False"
             )
         return buffer
+
+    def _in_place(self, fragment: int) -> bool:
+        return not self._rounded[fragment] and all(
+            t.device.type == "cpu" and t.is_contiguous() for _, _, t in self._local(fragment)
+        )
 
     def _local(self, fragment: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(offset, end, local tensor) of each tensor of the fragment."""

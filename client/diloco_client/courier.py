@@ -13,27 +13,32 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.buffers import Buffers
-from diloco_proto.codec import Format, UnencodableValue, pack_frames, worth_level
-from diloco_proto.errors import DilocoError, RolledBack
+from diloco_proto.codec import Encoded, Format, UnencodableValue, pack_frames, worth_level
+from diloco_proto.errors import DilocoError, NonFiniteParameter, RolledBack
 from diloco_proto.frame_messages import frame_message_bytes
 from diloco_proto.manifest import Role
 
 from .binding import Binding
+from .captured import InPlace
 from .fetching import Fetcher
 from .flights import Arrival, Base, Flight, Flights
 from .messages import contribution_header
-from .spans import Span
 from .transport import Transport
 
 log = logging.getLogger("diloco")
 
 CLOSE_SECONDS = 5.0
 """So long `close` waits for the transfers to end, which were cut."""
+
+
+KEPT_BUFFERS = 2
+"""For what is encoded next and what that leaves out."""
 
 
 class Courier:
@@ -51,7 +56,7 @@ class Courier:
         """For what concerns the whole worker."""
         self._count = binding.layout.num_scheduled
         self._flights = Flights(self._count)
-        self._memory = Buffers(1)
+        self._memory = Buffers(KEPT_BUFFERS)
         self._changed = threading.Condition()
         self._encoding = threading.Lock()
         self._run_id = ""
@@ -112,7 +117,10 @@ class Courier:
             return self._flights.newest(fragment)
 
     def push(self, flight: Flight) -> None:
-        """Send a contribution off; the fragment must have none under way."""
+        """Send a contribution off; the fragment must have none under way. What was captured in place is encoded now."""
+        if isinstance(flight.captured, InPlace):
+            with record_function("diloco::capture"), suppress(NonFiniteParameter):  # the push thread says it
+                self._encode(flight)
         with self._changed:
             launched = self._flights.launch(flight)
             if launched:
@@ -328,28 +336,34 @@ class Courier:
             if flight.unfit is not None:
                 raise flight.unfit.with_traceback(None)
             if flight.header is None:
-                self._encode(flight)
+                self._pack(flight)
 
-    def _encode(self, flight: Flight) -> None:
-        span = self._binding.spans[flight.fragment]
-        fmt = Format.FP32 if span.fragment.role is Role.BUFFER else self._uplink
+    def _pack(self, flight: Flight) -> None:
+        span, fmt = self._binding.spans[flight.fragment], self._format(flight)
         if not flight.frames:
-            self._pack(flight, span, fmt)
+            with record_function("diloco::encode"):
+                encoded = flight.encoded or self._encode(flight)
+                flight.frames = pack_frames(encoded, span.first_block, worth_level(fmt, self._transport.up_speed))
         header = contribution_header(self._identity(), flight, span, fmt, flight.frames)
         wire = header.ByteSize() + sum(frame_message_bytes(len(f)) for f in flight.frames)
         self._transport.counters.contribution(wire, span.parameters)
         flight.header = header
 
-    def _pack(self, flight: Flight, span: Span, fmt: Format) -> None:
-        with record_function("diloco::encode"):
-            try:
-                base = self._binding.rounded(flight.fragment, flight.base.theta)
-                encoded = flight.encode(fmt, base, self._memory.encoded(fmt, span.num_blocks))
-            except UnencodableValue as error:
-                flight.unfit = self._binding.non_finite(flight.fragment, error.index)
-                raise flight.unfit from error
-            flight.captured = None
-            flight.frames = pack_frames(encoded, span.first_block, worth_level(fmt, self._transport.up_speed))
+    def _encode(self, flight: Flight) -> Encoded:
+        binding, fragment, fmt = self._binding, flight.fragment, self._format(flight)
+        memory = self._memory.encoded(fmt, binding.spans[fragment].num_blocks)
+        left_out = self._memory.floats(binding.spans[fragment].length) if flight.feedback else None
+        try:
+            encoded = flight.encode(fmt, binding.rounded(fragment, flight.base.theta), memory, left_out)
+        except UnencodableValue as error:
+            flight.unfit = binding.non_finite(fragment, error.index)
+            raise flight.unfit from error
+        flight.captured = None
+        return encoded
+
+    def _format(self, flight: Flight) -> Format:
+        role = self._binding.spans[flight.fragment].fragment.role
+        return Format.FP32 if role is Role.BUFFER else self._uplink
 
     # -- pull thread --
 

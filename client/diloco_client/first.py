@@ -11,8 +11,9 @@ from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import digest
 
 from .binding import Binding
+from .captured import Captured
 from .courier import Courier
-from .flights import Base, Captured
+from .flights import Base
 from .messages import seed_push
 from .transport import Transport
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -21,15 +20,9 @@ from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, empty_e
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import DilocoError
 
+from .captured import Captured, InPlace
+
 _KEPT = (pb.OUTCOME_STAGED, pb.OUTCOME_ALREADY_HAVE)
-
-
-class Captured(Protocol):
-    """A copy of one fragment's local values, which may still be on its way from the device."""
-
-    def wait(self) -> Floats:
-        """float32[length], once it is complete."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +91,28 @@ class Flight:
             return None
         return self.next_residual if self.residual is None else self.next_residual - self.residual
 
-    def encode(self, fmt: Format, base: Floats, memory: Encoded | None = None) -> Encoded:
+    def encode(
+        self, fmt: Format, base: Floats, memory: Encoded | None = None, left_out: Floats | None = None
+    ) -> Encoded:
         """Encode Δ = `base` − captured, and with it what earlier contributions left out. `base` is that of the flight,
         rounded as the local values are, so that a bf16 parameter does not send its own rounding as a gradient.
-        `memory`: for the result, if it need not get its own.
+        `memory`, `left_out`: for the result and, with error feedback, for what it leaves out, if they need not get
+        their own.
 
         Raises UnencodableValue.
         """
-        assert self.captured is not None
+        local = self.captured
+        assert local is not None
         encoded = memory or empty_encoded(fmt, len(base) // BLOCK)
-        left_out = np.empty_like(base) if self.feedback else None
-        local = self.captured.wait()
-        bad = encode_difference(fmt, base, local, encoded.scales, encoded.codes, self.residual, left_out)
-        if bad >= 0:
-            raise UnencodableValue(bad)
+        if self.feedback and left_out is None:
+            left_out = np.empty_like(base)
+        for begin, values in local.pieces() if isinstance(local, InPlace) else ((0, local.wait()),):
+            end = begin + values.size
+            part = encoded.part(begin // BLOCK, end // BLOCK)
+            residual, rest = (None if a is None else a[begin:end] for a in (self.residual, left_out))
+            bad = encode_difference(fmt, base[begin:end], values, part.scales, part.codes, residual, rest)
+            if bad >= 0:
+                raise UnencodableValue(begin + bad)
         self.encoded, self.next_residual = encoded, left_out
         return encoded
 

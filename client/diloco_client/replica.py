@@ -31,7 +31,8 @@ from diloco_proto.codec.formats import Floats
 from diloco_proto.manifest import Layout
 from diloco_proto.schedule import Schedule
 
-from .flights import Arrival, Base, Captured, Flight
+from .captured import Captured
+from .flights import Arrival, Base, Flight
 
 log = logging.getLogger("diloco")
 

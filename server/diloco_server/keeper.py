@@ -125,8 +125,13 @@ class Keeper:
             self._segments.setdefault(ticket.assembly.serial, self._segment)
             self._store.journal.append(keeping.frame(ticket), frame)
 
-    async def room(self) -> None:
+    @property
+    def has_room(self) -> bool:
         """Not too much waits to be written."""
+        return not self._started or (self._store is not None and self._store.journal.has_room)
+
+    async def room(self) -> None:
+        """Until it has."""
         if self._started:
             assert self._store is not None
             await self._store.journal.wait_room()

@@ -12,7 +12,7 @@ import grpc
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import ACK_EVERY_FRAMES, ANSWER_SECONDS, MAX_DATA_CONNECTIONS
-from diloco_proto.codec import CorruptFrame, Format, frame_checksum, is_intact, read_frame
+from diloco_proto.codec import CorruptFrame, Format, frame_checksum, is_compressed, is_intact, read_frame
 from diloco_proto.errors import (
     ConnectionClosed,
     DamagedFrame,
@@ -175,10 +175,14 @@ class Service:
                     )
                 self._engine.bytes_in += len(frame)
                 where = f"worker {header.worker_id!r}, fragment {header.fragment}, block {wanted[count].first_block}"
-                await self._heavy(_write, ticket.assembly, wanted[count], frame, where)
+                if is_compressed(frame):
+                    await self._heavy(_write, ticket.assembly, wanted[count], frame, where)
+                else:  # less than a thread's turn costs
+                    _write(ticket.assembly, wanted[count], frame, where)
                 ticket.assembly.hold(wanted[count])
                 self._engine.keeper.keep_frame(ticket, frame)  # nothing comes in between: what is held is kept
-                await _answering(context, self._engine.keeper.room(), count)
+                if not self._engine.keeper.has_room:
+                    await _answering(context, self._engine.keeper.room(), count)
                 count += 1
                 if count % ACK_EVERY_FRAMES == 0:
                     await context.write(pb.PushReply(ack=pb.Ack(frames=count)))

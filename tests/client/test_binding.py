@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from diloco_client.binding import Binding, non_finite
-from diloco_proto.codec import Format, decode_fragment, encode_fragment
+from diloco_client.binding import Binding, HostCopy, non_finite
+from diloco_client.captured import Captured, InPlace
+from diloco_client.flights import Base, Flight
+from diloco_proto.codec import Format, UnencodableValue, decode_fragment, encode_fragment
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import MasterWeights, NonFiniteParameter, UnsupportedModel
 from diloco_proto.manifest import Pattern, Role, build_layout
@@ -40,6 +44,14 @@ def flat(binding: Binding, fragment: int = 0) -> Floats:
 def delta_of(binding, fragment, base):
     """Δ, as `Flight.encode` computes it."""
     return binding.rounded(fragment, base) - binding.capture(fragment).wait()
+
+
+def flight_of(captured: Captured, base: Floats, residual: Floats | None = None) -> Flight:
+    """One inner step of fragment 0, with error feedback if there is a residual."""
+    return Flight(
+        fragment=0, base=Base(0, base), captured=captured, step=1, due_step=1, steps=1, tokens=1, tokens_until=1,
+        since_version=0, feedback=residual is not None, residual=residual,
+    )  # fmt: skip
 
 
 def normal(generator: np.random.Generator) -> Floats:
@@ -137,18 +149,52 @@ def test_an_optimizer_with_an_attribute_for_its_copies_is_refused() -> None:
         Binding(model, [optimizer])
 
 
-def test_capture_pads_each_tensor_to_a_block_and_copies() -> None:
-    model = nn.Linear(3, 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_capture_pads_each_tensor_to_a_block(dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 5, dtype=dtype)
     binding = bind(model)
     values = flat(binding)
     assert values.shape == (128,)
-    np.testing.assert_array_equal(values[:15].reshape(5, 3), model.weight.detach())
+    np.testing.assert_array_equal(values[:15].reshape(5, 3), model.weight.detach().float())
     assert not values[15:64].any()
-    np.testing.assert_array_equal(values[64:69], model.bias.detach())
+    np.testing.assert_array_equal(values[64:69], model.bias.detach().float())
     captured = binding.capture(0)
-    with torch.no_grad():
-        model.weight.add_(1.0)
+    if not isinstance(captured, InPlace):
+        with torch.no_grad():
+            model.weight.add_(1.0)
     np.testing.assert_array_equal(captured.wait(), values)
+    assert isinstance(captured, InPlace) == (dtype is torch.float32)
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("fmt", list(Format), ids=lambda f: f.label)
+def test_what_is_encoded_in_place_is_what_a_copy_of_it_would_give(fmt: Format, feedback: bool) -> None:
+    binding = bind(nn.Sequential(nn.Linear(50, 70), nn.Linear(70, 3), nn.LayerNorm(128)))
+    captured = binding.capture(0)
+    assert isinstance(captured, InPlace)
+    copy = HostCopy(torch.from_numpy(captured.wait()), None)
+    generator = np.random.default_rng(0)
+    base, residual = (generator.standard_normal(binding.spans[0].length, dtype=np.float32) for _ in range(2))
+    found = []
+    for values in (captured, copy):
+        flight = flight_of(values, base, residual if feedback else None)
+        encoded = flight.encode(fmt, base)
+        left_out = b"" if flight.next_residual is None else flight.next_residual.tobytes()
+        found.append((encoded.scales.tobytes(), encoded.codes.tobytes(), left_out))
+    assert found[0] == found[1]
+    assert bool(found[0][2]) == feedback
+
+
+def test_a_value_that_cannot_be_encoded_is_found_where_it_is() -> None:
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+    binding = bind(model)
+    with torch.no_grad():
+        model[1].bias[3] = math.nan
+    base = np.zeros(binding.spans[0].length, np.float32)
+    flight = flight_of(binding.capture(0), base)
+    with pytest.raises(UnencodableValue) as caught:
+        flight.encode(Format.INT4, base)
+    assert "'1.bias'" in str(binding.non_finite(0, caught.value.index))
 
 
 def test_capture_follows_the_logical_order_of_permuted_tensors() -> None:

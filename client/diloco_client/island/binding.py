@@ -59,6 +59,9 @@ class IslandBinding(Binding):
     def _common_device(self, fragment: int) -> torch.device:
         return self._island.device
 
+    def _in_place(self, fragment: int) -> bool:
+        return False  # tensors are put together one at a time
+
     # -- out --
 
     def _local(self, fragment: int) -> Iterator[tuple[int, int, torch.Tensor]]:

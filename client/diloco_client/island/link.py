@@ -13,10 +13,11 @@ from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Format, digest
 from diloco_proto.errors import ServerUnreachable, StateMismatch
 
+from ..captured import Captured
 from ..courier import CLOSE_SECONDS, Courier
 from ..fetching import SNAPSHOT_TRIES, unfit_snapshot
 from ..first import First
-from ..flights import Base, Captured
+from ..flights import Base
 from ..link import Link
 from ..session import Membership, Session
 from ..trainer import Shard

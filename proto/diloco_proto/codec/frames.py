@@ -144,6 +144,11 @@ def frame_blocks(data: bytes | bytearray | memoryview) -> tuple[int, int]:
     return int(first_block), int(num_blocks)
 
 
+def is_compressed(data: bytes | bytearray | memoryview) -> bool:
+    """Whether any of its sections is, by its header, unchecked: reading it takes several times as long then."""
+    return len(data) >= HEADER_BYTES and bool(data[5] & (_SCALES_ZSTD | _CODES_ZSTD))
+
+
 def is_intact(data: bytes | bytearray | memoryview) -> bool:
     """Whether the bytes are those that some sender gave this checksum: what is wrong with them now was then, too."""
     view = memoryview(data).cast("B")

@@ -215,6 +215,11 @@ class Journal:
         _settle([future], self.failed if missing else None)
         return future
 
+    @property
+    def has_room(self) -> bool:
+        """`wait_room` would not wait, nor raise."""
+        return self.failed is None and self._queued_bytes < QUEUE_BYTES
+
     async def wait_room(self) -> None:
         """Until less than QUEUE_BYTES are queued. Raises StorageFailed."""
         with self._changed:

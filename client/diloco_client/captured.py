@@ -1,0 +1,46 @@
+"""The local values of one fragment, as a contribution takes them from the model. Pure, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from diloco_proto.codec import BLOCK
+from diloco_proto.codec.formats import Floats
+
+
+class Captured(Protocol):
+    """The local values of one fragment as they were when they were captured."""
+
+    def wait(self) -> Floats:
+        """float32[length], a copy, once it is complete."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """No copy: the values where they lie, in host memory. To be encoded, or copied, before the training goes on."""
+
+    tensors: Sequence[tuple[int, Floats]]
+    """Where each tensor begins, always with a block, and its values; between them are zeros."""
+    length: int
+
+    def wait(self) -> Floats:
+        flat = np.zeros(self.length, np.float32)
+        for begin, values in self.pieces():
+            flat[begin : begin + values.size] = values
+        return flat
+
+    def pieces(self) -> Iterator[tuple[int, Floats]]:
+        """The same, in whole blocks: what fills none is copied."""
+        for begin, values in self.tensors:
+            whole = values.size // BLOCK * BLOCK
+            if whole:
+                yield begin, values[:whole]
+            if whole < values.size:
+                last = np.zeros(BLOCK, np.float32)
+                last[: values.size - whole] = values[whole:]
+                yield begin + whole, last
