@@ -1,4 +1,5 @@
-"""A round with diloco: capture, encode, push, commit, pull, decode, apply. H = P = 1, so that a step is a round."""
+"""A round with diloco: capture, encode, push, commit, pull, decode, apply. H = P = 1, so that a step is a round, and
+α = 0 as in DiLoCo: afterwards all workers hold θ, as after one by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from common.training import Drift, make_model
 
 import diloco_client
 
-SETTINGS = ("--sync-every=1", "--num-fragments=1", "--overlap-steps=0", "--grace-seconds=inf", "--lease-seconds=120")
+SETTINGS = (
+    "--sync-every=1",
+    "--num-fragments=1",
+    "--overlap-steps=0",
+    "--mixing-alpha=0",
+    "--grace-seconds=inf",
+    "--lease-seconds=120",
+)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ class Loops:
     shift: int = 0
 
 
+_NIBBLES: Final = (Format.INT4, Format.INT3)
+"""Formats of four-bit integers."""
+
 _LOOPS: Final = {
     Format.FP32: Loops(plain.encode_fp32, plain.accumulate_fp32, plain.feedback_fp32),
     Format.BF16: Loops(plain.encode_bf16, plain.accumulate_bf16, plain.feedback_bf16),
@@ -183,6 +186,8 @@ def sum_of_squares(fmt: Format, scales: Bytes, codes: Bytes) -> float:
     Of each block the squares (exact in float64) of values j and j + 32 are added, then j and j + 16, and so on; then
     the blocks' sums, in their order.
     """
+    if fmt in _NIBBLES:
+        return float(uniform.squares_nibble(_at(scales), _at(codes), scales.size))
     spec = fmt.spec
     scratch = np.empty(STEP * BLOCK, np.float32)
     places = _LOOPS[fmt].accumulate.address, _at(scales), _at(codes)
@@ -258,8 +263,8 @@ def warm_up(formats: Iterable[Format]) -> None:
     for fmt in formats:
         loops = _LOOPS[fmt]
         needed |= {loops.encode, loops.accumulate, loops.feedback}
-        if fmt in (Format.INT4, Format.INT3):
-            needed.add(plain.stray_nibbles)
+        if fmt in _NIBBLES:
+            needed |= {plain.stray_nibbles, uniform.squares_nibble}
         if fmt is Format.TERNARY:
             needed.add(twobit.stray_pairs)
     for needed_kernel in needed:
@@ -304,7 +309,7 @@ def _codes_legal(fmt: Format, codes: Bytes) -> bool:
         return bool((codes.view("<u2") & 0x7FFF).max() <= 0x7E80)
     if fmt is Format.INT8:
         return bool(codes.view(np.int8).min() >= -fmt.spec.q_max)
-    if fmt in (Format.INT4, Format.INT3):
+    if fmt in _NIBBLES:
         return bool(plain.stray_nibbles(_at(codes), codes.size // fmt.spec.code_bytes, fmt.spec.q_max) == 0)
     if fmt is Format.TERNARY:
         return bool(twobit.stray_pairs(_at(codes), codes.size // fmt.spec.code_bytes) == 0)

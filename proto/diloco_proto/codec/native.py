@@ -132,13 +132,14 @@ def as_bits(typing_context: Any, value: Any) -> Any:
     return types.int32(types.float32), codegen
 
 
-def _by_halves(builder: Any, lanes: Any) -> Any:
-    """The sum of a vector of floats: the upper half is added to the lower one, until one is left."""
+def _by_halves(builder: Any, lanes: Any, add: str = "fadd") -> Any:
+    """The sum of a vector: the upper half is added to the lower one, until one is left."""
     i32 = ir.IntType(32)
     while (half := lanes.type.count // 2) > 0:
         index = ir.VectorType(i32, half)
         low, high = (index(list(range(first, first + half))) for first in (0, half))
-        lanes = builder.fadd(builder.shuffle_vector(lanes, lanes, low), builder.shuffle_vector(lanes, lanes, high))
+        sides = (builder.shuffle_vector(lanes, lanes, half) for half in (low, high))
+        lanes = getattr(builder, add)(*sides)
     return builder.extract_element(lanes, i32(0))
 
 
@@ -172,6 +173,20 @@ def squares_of_block(typing_context: Any, address: Any) -> Any:
         return _by_halves(builder, builder.fmul(x, x))
 
     return types.float64(types.int64), codegen
+
+
+@_intrinsic
+def squares_of_nibbles(typing_context: Any, address: Any) -> Any:
+    """The sum of the squares of the 64 codes in the 32 bytes at an address: nibbles, in two's complement."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        octets, words = (ir.VectorType(ir.IntType(width), 32) for width in (8, 16))
+        both = builder.zext(builder.load(builder.inttoptr(args[0], octets.as_pointer()), align=1), words)
+        low, high = (builder.ashr(builder.shl(both, words([by] * 32)), words([12] * 32)) for by in (12, 8))
+        squares = builder.add(builder.mul(low, low), builder.mul(high, high))
+        return builder.zext(_by_halves(builder, squares, "add"), ir.IntType(64))
+
+    return types.int64(types.int64), codegen
 
 
 @_intrinsic
