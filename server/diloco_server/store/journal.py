@@ -40,6 +40,10 @@ QUEUE_BYTES = 32 << 20
 BATCH_BYTES = 8 << 20
 """About so much is written at a time, so that room is made again soon."""
 
+SYNC_BYTES = 32 << 20
+"""So much is synced before anybody asks: who asks then does not wait for all of a long push, and the pages serve for
+what comes next."""
+
 RETRY_SECONDS = 1.0
 REMIND = 30
 """Tries after which a lasting trouble is logged again."""
@@ -293,7 +297,8 @@ class Journal:
                 if self._queued_bytes >= QUEUE_BYTES:
                     room, self._wanting_room = [], room
             _settle(room)
-        if self._sync_wanted() and (not self._writer.unsynced or self._attempt(self._writer.sync)):
+        unsynced = self._writer.unsynced
+        if (self._sync_wanted() or unsynced >= SYNC_BYTES) and (not unsynced or self._attempt(self._writer.sync)):
             self._acknowledge()
         return self.failed is None
 
