@@ -19,7 +19,7 @@ from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.buffers import Buffers
-from diloco_proto.codec import Encoded, Format, UnencodableValue, pack_frames, worth_level
+from diloco_proto.codec import Encoded, Format, UnencodableValue, pack, worth_level
 from diloco_proto.errors import DilocoError, NonFiniteParameter, RolledBack
 from diloco_proto.frame_messages import frame_message_bytes
 from diloco_proto.manifest import Role
@@ -343,7 +343,7 @@ class Courier:
         if not flight.frames:
             with record_function("diloco::encode"):
                 encoded = flight.encoded or self._encode(flight)
-                flight.frames = pack_frames(encoded, span.first_block, worth_level(fmt, self._transport.up_speed))
+                flight.frames = pack(encoded, span.first_block, worth_level(fmt, self._transport.up_speed))
         header = contribution_header(self._identity(), flight, span, fmt, flight.frames)
         wire = header.ByteSize() + sum(frame_message_bytes(len(f)) for f in flight.frames)
         self._transport.counters.contribution(wire, span.parameters)

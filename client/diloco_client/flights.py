@@ -10,13 +10,13 @@ come, and what it pushes in between goes nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, empty_encoded, encode_difference
+from diloco_proto.codec import BLOCK, Encoded, Format, Packed, UnencodableValue, empty_encoded, encode_difference
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import DilocoError
 
@@ -57,7 +57,7 @@ class Flight:
     next_residual: Floats | None = None
     """What is left out once this one is counted."""
     header: pb.PushHeader | None = None
-    frames: list[bytes] = field(default_factory=list)
+    frames: Sequence[Packed | bytes] = ()
     outcome: pb.Outcome | None = None
     verdict: pb.Committed | None = None
     """The event of the round that settles it, whichever comes first: that or its outcome."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PUSH_WINDOW_FRAMES
-from diloco_proto.codec import frame_blocks
+from diloco_proto.codec import Packed, frame_blocks
 from diloco_proto.errors import DamagedFrame
 from diloco_proto.frame_messages import frame_message
 
@@ -45,7 +45,7 @@ _TELLING = (
 class PushStripe:
     """One stream of a push, over all its attempts."""
 
-    def __init__(self, lines: Lines, name: str, header: pb.PushHeader, frames: Sequence[bytes]) -> None:
+    def __init__(self, lines: Lines, name: str, header: pb.PushHeader, frames: Sequence[Packed | bytes]) -> None:
         self._lines = lines
         self._name = name
         self._header = header
@@ -97,7 +97,7 @@ class PushStripe:
 class _PushStream:
     """The request side of one attempt: the header, then the frames that the server lacks."""
 
-    def __init__(self, lines: Lines, header: pb.PushHeader, frames: Sequence[bytes]) -> None:
+    def __init__(self, lines: Lines, header: pb.PushHeader, frames: Sequence[Packed | bytes]) -> None:
         self._lines = lines
         self._header = header
         self._frames = frames
@@ -150,15 +150,15 @@ class _PushStream:
 
 
 def split_push(
-    header: pb.PushHeader, frames: Sequence[bytes], count: int
-) -> list[tuple[pb.PushHeader, Sequence[bytes]]]:
+    header: pb.PushHeader, frames: Sequence[Packed | bytes], count: int
+) -> list[tuple[pb.PushHeader, Sequence[Packed | bytes]]]:
     """The push as up to `count` of about equal size, each with its own parts of the fragment."""
     count = min(count, len(frames))
     ends = list(itertools.accumulate(len(f) for f in frames))
     # The frame whose middle lies beyond the i-th share of the bytes begins the next stripe.
     middles = [end - len(frame) / 2 for end, frame in zip(ends, frames, strict=True)]
     owner = [min(count - 1, int(middle * count / ends[-1])) for middle in middles]
-    stripes: list[tuple[pb.PushHeader, Sequence[bytes]]] = []
+    stripes: list[tuple[pb.PushHeader, Sequence[Packed | bytes]]] = []
     for number in sorted(set(owner)):
         chosen = [i for i, own in enumerate(owner) if own == number]
         share = pb.PushHeader()

@@ -169,11 +169,11 @@ def _flight_to_plain(flight: Flight | None, span: Span, fmt: Format, feedback: b
     spec = fmt.spec
     count = -(-span.num_blocks // spec.frame_blocks)
     room = 32 * count + span.num_blocks * (spec.scale_bytes + spec.code_bytes)
-    frames = [] if flight is None else flight.frames
+    frames = () if flight is None else flight.frames
     sizes = torch.zeros(count, dtype=torch.int64)
     sizes[: len(frames)] = torch.tensor([len(f) for f in frames], dtype=torch.int64)
     payload = np.zeros(room, np.uint8)
-    whole = np.frombuffer(b"".join(frames), np.uint8)
+    whole = np.frombuffer(b"".join(map(bytes, frames)), np.uint8)
     payload[: whole.size] = whole
     settled = flight is not None and flight.counted is not None
     plain = {

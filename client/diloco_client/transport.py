@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from diloco_proto import outer_pb2 as pb
+from diloco_proto.codec import Packed
 from diloco_proto.errors import DilocoError, ServerUnreachable
 from diloco_proto.wire import error_from_rpc
 
@@ -109,7 +110,7 @@ class Transport:
                 if patience is not None:
                     watch.patience = patience()
 
-    def push(self, header: pb.PushHeader, frames: Sequence[bytes]) -> pb.Outcome:
+    def push(self, header: pb.PushHeader, frames: Sequence[Packed | bytes]) -> pb.Outcome:
         """Push until the server says what became of it. Blocks; raises typed errors that no retry can mend."""
         if min(self.network.data_connections, len(frames)) > 1:
             shares = split_push(header, frames, self.network.data_connections)

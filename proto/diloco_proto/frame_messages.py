@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Protocol, TypeVar
 
 from . import outer_pb2 as pb
+from .codec import Packed
 
 FRAME_FIELD = 0x12
 
@@ -32,9 +33,9 @@ class _Carrier(Protocol):
 C = TypeVar("C", bound=_Carrier)
 
 
-def frame_message(frame: Data) -> bytes:
+def frame_message(frame: Data | Packed) -> bytes:
     """The serialized PushRequest or PullReply of a frame."""
-    return b"".join((_head(len(frame)), frame))
+    return b"".join((_head(len(frame)), *(frame.pieces if isinstance(frame, Packed) else (frame,))))
 
 
 def frame_message_bytes(frame_bytes: int) -> int:

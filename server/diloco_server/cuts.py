@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import Format, pack_frames, read_frame
+from diloco_proto.codec import Format, pack, read_frame
 from diloco_proto.errors import InvalidContribution
 from diloco_proto.frame_messages import frame_message, read_pull
 from diloco_proto.manifest import Fragment
@@ -63,5 +63,5 @@ def recut(message: bytes, cut: Cut) -> bytes:
     carried = read_pull(message)
     assert isinstance(carried, memoryview)
     frame = read_frame(carried, intact=True)
-    (packed,) = pack_frames(frame.encoded.part(cut.first - frame.first_block, cut.stop - frame.first_block), cut.first)
+    (packed,) = pack(frame.encoded.part(cut.first - frame.first_block, cut.stop - frame.first_block), cut.first)
     return frame_message(packed)

@@ -11,7 +11,7 @@ import numpy as np
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.buffers import Buffers
-from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack_frames, worth_level
+from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack, worth_level
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
 from diloco_proto.frame_messages import frame_message
@@ -285,7 +285,7 @@ def snapshot_frame(snapshot: Snapshot, first: int, stop: int) -> bytes:
         )
     values = theta[first * BLOCK : stop * BLOCK]
     encoded = Encoded(Format.FP32, np.empty(0, np.uint8), values.view(np.uint8))
-    return frame_message(pack_frames(encoded, first)[0])
+    return frame_message(pack(encoded, first)[0])
 
 
 def snapshot_item(snapshot: Snapshot, first: int, stop: int | None = None) -> pb.Item:
@@ -306,8 +306,8 @@ def _serialized(update: Encoded, level: int | None, threads: Executor | None) ->
 
     def serialize(number: int) -> None:
         first = number * step
-        (frame,) = pack_frames(update.part(first, first + step), first, level)
-        messages[number] = frame_message(frame)
+        (packed,) = pack(update.part(first, first + step), first, level)
+        messages[number] = frame_message(packed)
 
     spread(serialize, range(len(messages)), threads)
     return tuple(messages)

@@ -256,7 +256,8 @@ class VirtualLink:
     def _seed(self) -> None:
         for fragment in self.layout.fragments:
             theta = self.trainer.seed_values(fragment.index)
-            self._upload(seed_push(self._identity(), Span.whole(fragment), theta), lambda outcome: None)
+            header, packed = seed_push(self._identity(), Span.whole(fragment), theta)
+            self._upload((header, [bytes(frame) for frame in packed]), lambda outcome: None)
 
     def _fetch_snapshots(self) -> None:
         if not self.its_flights.bases:

@@ -83,6 +83,28 @@ class Frame:
         return Encoded(self.format, self.scales, self.codes)
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A frame before its bytes are put together: they are copied once, to where they go."""
+
+    head: bytes
+    """All 32 bytes of it."""
+    scales: bytes | memoryview
+    """Stored bytes; where not compressed, a view of what was encoded."""
+    codes: bytes | memoryview
+    """Likewise."""
+
+    @property
+    def pieces(self) -> tuple[bytes | memoryview, ...]:
+        return self.head, self.scales, self.codes
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.pieces)
+
+
 def worth_level(fmt: Format, bytes_per_second: float | None) -> int | None:
     """The `level` for `pack_frames` on a link of this rate: None where compression takes longer than it saves.
 
@@ -92,7 +114,12 @@ def worth_level(fmt: Format, bytes_per_second: float | None) -> int | None:
 
 
 def pack_frames(encoded: Encoded, first_block: int = 0, level: int | None = LEVEL) -> list[bytes]:
-    """The frames of `encoded`, whose first block is block `first_block` of its fragment.
+    """The frames of `encoded`, as by `pack`."""
+    return [bytes(packed) for packed in pack(encoded, first_block, level)]
+
+
+def pack(encoded: Encoded, first_block: int = 0, level: int | None = LEVEL) -> list[Packed]:
+    """The frames of `encoded`, whose first block is block `first_block` of its fragment. They are views of it.
 
     Frame i begins at block first_block + i * frame_blocks; only the last may be shorter. `level` is zstd's;
     None stores everything as it is.
@@ -129,19 +156,21 @@ def read_frame(data: bytes | bytearray | memoryview, *, intact: bool = False) ->
     return Frame(fmt, first_block, num_blocks, scales, codes, checksum)
 
 
-def frame_checksum(data: bytes | bytearray | memoryview) -> int:
+def frame_checksum(data: Packed | bytes | bytearray | memoryview) -> int:
     """The xxh3 field of a frame's header, unchecked. Raises CorruptFrame if there is no whole header."""
-    if len(data) < HEADER_BYTES:
-        raise CorruptFrame(f"frame has {len(data)} bytes, fewer than its header's {HEADER_BYTES}")
-    return int(_SUM.unpack_from(data, _HEAD.size)[0])
+    return int(_SUM.unpack_from(_head_of(data), _HEAD.size)[0])
 
 
-def frame_blocks(data: bytes | bytearray | memoryview) -> tuple[int, int]:
+def frame_blocks(data: Packed | bytes | bytearray | memoryview) -> tuple[int, int]:
     """(first block, number of blocks) of a frame, by its header, unchecked. Raises CorruptFrame likewise."""
+    first_block, num_blocks = _HEAD.unpack_from(_head_of(data))[4:6]
+    return int(first_block), int(num_blocks)
+
+
+def _head_of(data: Packed | bytes | bytearray | memoryview) -> bytes | bytearray | memoryview:
     if len(data) < HEADER_BYTES:
         raise CorruptFrame(f"frame has {len(data)} bytes, fewer than its header's {HEADER_BYTES}")
-    first_block, num_blocks = _HEAD.unpack_from(data)[4:6]
-    return int(first_block), int(num_blocks)
+    return data.head if isinstance(data, Packed) else data
 
 
 def is_compressed(data: bytes | bytearray | memoryview) -> bool:
@@ -176,9 +205,9 @@ def _parameters(level: int) -> zstandard.ZstdCompressionParameters:
     return zstandard.ZstdCompressionParameters.from_level(level, min_match=7, hash_log=6)
 
 
-def _pack(encoded: Encoded, first_block: int, compressor: zstandard.ZstdCompressor | None) -> bytes:
+def _pack(encoded: Encoded, first_block: int, compressor: zstandard.ZstdCompressor | None) -> Packed:
     fmt, flags = encoded.format, 0
-    sections = [encoded.scales.data, encoded.codes.data]
+    sections: list[bytes | memoryview] = [encoded.scales.data, encoded.codes.data]
     if compressor is not None:
         loose = list(sections)
         if not fmt.spec.scale_bytes:
@@ -186,11 +215,11 @@ def _pack(encoded: Encoded, first_block: int, compressor: zstandard.ZstdCompress
         for i, bit in enumerate((_SCALES_ZSTD, _CODES_ZSTD)):
             squeezed = compressor.compress(loose[i])
             if len(squeezed) < len(sections[i]):
-                sections[i] = memoryview(squeezed)
+                sections[i] = squeezed
                 flags |= bit
     sizes = len(sections[0]), len(sections[1])
     head = _HEAD.pack(MAGIC, fmt, flags, 0, first_block, encoded.num_blocks, *sizes)
-    return b"".join((head, _SUM.pack(_checksum(head, *sections)), *sections))
+    return Packed(head + _SUM.pack(_checksum(head, *sections)), *sections)
 
 
 def _to_planes(codes: Bytes, width: int) -> Bytes:

@@ -134,7 +134,7 @@ class OsFile:
 
 
 def _forget(fd: int) -> None:
-    """What was written is not read again by this process. Its pages serve for what is written next: on a virtual machine
+    """What was written is not read again by this process. Its pages serve what is written next: on a virtual machine
     fresh ones may cost several times what the writing does."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
