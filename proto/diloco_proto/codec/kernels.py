@@ -283,6 +283,7 @@ def _accumulate_into(
 ) -> int:
     blocks = _check(fmt, out, scales, codes)
     spec = fmt.spec
+    scratch = np.empty(STEP * BLOCK, np.float32)
     return int(
         accumulate_into_blocks(
             _LOOPS[fmt].accumulate.address,
@@ -296,6 +297,7 @@ def _accumulate_into(
             spec.code_bytes,
             first_block,
             weight,
+            _at(scratch) if out.ctypes.data % 16 == 0 else 0,
         )
     )
 

@@ -190,6 +190,33 @@ def squares_of_nibbles(typing_context: Any, address: Any) -> Any:
 
 
 @_intrinsic
+def stream_block(typing_context: Any, target: Any, origin: Any) -> Any:
+    """Copy the 64 float32 at `origin` to `target`, both at multiples of 16 bytes, past the caches: lines that are only
+    written are not read first. `fence` must follow before another thread looks."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        four = ir.VectorType(ir.FloatType(), 4)
+        past = builder.module.add_metadata([ir.IntType(32)(1)])
+        for line in range(0, 256, 16):
+            to, at = (builder.inttoptr(builder.add(a, a.type(line)), four.as_pointer()) for a in args)
+            builder.store(builder.load(at, align=16), to, align=16).set_metadata("nontemporal", past)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@_intrinsic
+def fence(typing_context: Any) -> Any:
+    """What was streamed is there for every thread that hears of it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@_intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
     """Ask for the cache line at an address; no more than a hint."""
 

@@ -19,10 +19,12 @@ from diloco_proto.codec.native import (
     UINT64,
     call_kernel,
     carray,
+    fence,
     kernel,
     pointer,
     prefetch,
     squares_of_block,
+    stream_block,
 )
 from diloco_proto.codec.pieces import f32
 
@@ -74,7 +76,7 @@ def encode_difference_blocks(
     return -1
 
 
-@kernel(UINT64, *(ADDRESS,) * 6, *(INT64,) * 4, FLOAT32)
+@kernel(UINT64, *(ADDRESS,) * 6, *(INT64,) * 4, FLOAT32, ADDRESS)
 def accumulate_into_blocks(
     accumulate: int,
     digest: int,
@@ -87,16 +89,20 @@ def accumulate_into_blocks(
     code_bytes: int,
     first_block: int,
     weight: np.float32,
+    scratch_at: int,
 ) -> np.uint64:
     """out = base + weight*decoded, or weight*decoded where base_at is 0; base may be out. Returns the digest of out,
-    whose first block is block `first_block` of its fragment, or 0 where `digest` is 0."""
+    whose first block is block `first_block` of its fragment, or 0 where `digest` is 0. scratch: float32[64*STEP]. Where
+    it is not 0, and out not base, out is only written, and so past the caches."""
     total = np.uint64(0)
+    stream = scratch_at != 0 and base_at != out_at
     for b in range(0, blocks, STEP):
         some = min(STEP, blocks - b)
-        here = out_at + b * 256
+        here = scratch_at if stream else out_at + b * 256
         out = carray(pointer(here), some * 64, f32)
-        for line in range(0, some * 256, 64):  # lines that are only written are not fetched early by themselves
-            prefetch(here + STEP * 256 + line)
+        if base_at != 0:
+            for line in range(0, some * 256, 64):
+                prefetch(base_at + (b + STEP) * 256 + line)
         if base_at == 0:
             for i in range(some * 64):
                 out[i] = f32(0)
@@ -108,6 +114,10 @@ def accumulate_into_blocks(
         call_kernel(accumulate, (scales, codes, some, weight, here))
         if digest != 0:
             total += np.uint64(call_kernel(digest, (here, some, first_block + b)))
+        if stream:
+            for i in range(some):
+                stream_block(out_at + (b + i) * 256, here + i * 256)
+    fence()
     return total
 
 
