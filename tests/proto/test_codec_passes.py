@@ -129,6 +129,23 @@ def test_decode_into(fmt: Format, data: st.DataObject, first: int) -> None:
 
 
 @FORMATS
+@pytest.mark.parametrize("offset", range(17))
+def test_wherever_an_array_begins(fmt: Format, offset: int) -> None:
+    """Arrays that begin at a multiple of 16 bytes are written past the caches, others not."""
+    blocks = STEP + 2
+    encoded, base = encode_fragment(fmt, noise(blocks, 1)), noise(blocks, 2)
+    wanted = reference.decode(fmt, encoded.scales, encoded.codes)
+    around = np.full(blocks * BLOCK + 64, 7.0, np.float32)
+    out = around[offset : offset + blocks * BLOCK]
+    assert decode_into(fmt, encoded.scales, encoded.codes, out) == digest(wanted)
+    assert out.tobytes() == wanted.tobytes()
+    assert subtract_into(fmt, encoded.scales, encoded.codes, base, out) == digest(base - wanted)
+    assert out.tobytes() == (base - wanted).tobytes()
+    assert (around[:offset] == 7.0).all()
+    assert (around[offset + blocks * BLOCK :] == 7.0).all()
+
+
+@FORMATS
 def test_digests_of_parts_add_up(fmt: Format) -> None:
     """As frames come in, each is applied and digested; together they are the fragment."""
     blocks = 3 * STEP + 5

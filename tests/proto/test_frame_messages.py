@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diloco_proto import outer_pb2 as pb
+from diloco_proto.codec import BLOCK, Format, encode_fragment, frame_blocks, frame_checksum, pack, pack_frames
 from diloco_proto.frame_messages import frame_message, frame_message_bytes, read_pull, read_push, serialized
 
 SIZES = [0, 1, 127, 128, 16383, 16384, 1 << 20, (1 << 21) - 1, 1 << 21]
@@ -21,6 +23,20 @@ def test_a_message_is_the_one_that_protobuf_writes(size: int) -> None:
     assert len(message) == frame_message_bytes(size)
     assert read_push(message) == read_pull(message) == frame
     assert frame_message(memoryview(frame)) == message
+
+
+@pytest.mark.parametrize("level", [None, 1])
+@pytest.mark.parametrize("fmt", list(Format), ids=lambda f: f.label)
+def test_a_frame_goes_from_what_was_encoded_into_its_message(fmt: Format, level: int | None) -> None:
+    blocks = fmt.spec.frame_blocks + 3
+    encoded = encode_fragment(fmt, np.random.default_rng(0).standard_normal(blocks * BLOCK, dtype=np.float32))
+    packed, data = pack(encoded, 5, level), pack_frames(encoded, 5, level)
+    assert [bytes(p) for p in packed] == data
+    assert [len(p) for p in packed] == [len(d) for d in data]
+    assert [frame_message(p) for p in packed] == [frame_message(d) for d in data]
+    assert [(frame_blocks(p), frame_checksum(p)) for p in packed] == [(frame_blocks(d), frame_checksum(d)) for d in data]
+    if level is None:
+        assert all(np.shares_memory(np.frombuffer(p.codes, np.uint8), encoded.codes) for p in packed)
 
 
 @pytest.mark.parametrize("message", [pb.PushRequest(header=pb.PushHeader(fragment=3)), pb.PushRequest()])

@@ -18,7 +18,7 @@ from faulty_files import FaultyFiles
 from diloco_server.store import CorruptJournal, Journal, StorageFailed
 from diloco_server.store import state_pb2 as pb
 from diloco_server.store.files import OsFiles
-from diloco_server.store.journal import QUEUE_BYTES
+from diloco_server.store.journal import QUEUE_BYTES, SYNC_BYTES
 from diloco_server.store.segment import HEADER_BYTES, path_of
 
 
@@ -84,7 +84,7 @@ def test_one_sync_serves_all_who_wait() -> None:
     assert journal.durable(50).done()
 
 
-def test_nothing_is_synced_while_nobody_waits() -> None:
+def test_little_is_synced_while_nobody_waits() -> None:
     journal = opened(FaultyFiles())
     before = journal.fsyncs
     for serial in range(10):
@@ -95,6 +95,20 @@ def test_nothing_is_synced_while_nobody_waits() -> None:
     journal.pump()
     assert future.done()
     assert journal.fsyncs == before + 1
+
+
+def test_much_is_synced_before_anybody_waits() -> None:
+    journal = opened(FaultyFiles())
+    before, frame = journal.fsyncs, bytes(1 << 20)
+    for serial in range((SYNC_BYTES >> 20) - 1):
+        last = journal.append(record(serial), frame)
+        journal.pump()
+    assert journal.fsyncs == before
+    for serial in range(2):
+        journal.append(record(serial), frame)
+        journal.pump()
+    assert journal.fsyncs == before + 1
+    assert journal.durable(last).done(), "it is on disk already"
 
 
 def test_appends_from_many_threads_all_arrive(files: OsFiles) -> None:
@@ -360,8 +374,10 @@ def test_who_appends_much_waits_for_room() -> None:
         await asyncio.sleep(0)
         assert not waiting.done()
         assert journal.queued_bytes >= QUEUE_BYTES
+        assert not journal.has_room
         journal.pump()
         assert journal.queued_bytes < QUEUE_BYTES
+        assert journal.has_room
         await asyncio.wait_for(waiting, 10)
 
     asyncio.run(scenario())
