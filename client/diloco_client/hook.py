@@ -1,8 +1,8 @@
 """A torch training loop, hooked into a run: what `join` gives.
 
-The training thread does three things: after an inner step it copies the fragment that is due, or encodes it where it lies
-in host memory (capture), it merges the global fragment that is due (apply), and it waits if that has not arrived (stall).
-All else happens on the courier's threads. The schedule is Streaming DiLoCo's (arXiv 2501.18512).
+The training thread does three things: after an inner step it copies the fragment that is due, or encodes it where it
+lies in host memory (capture), it merges the global fragment that is due (apply), and it waits if that has not arrived
+(stall). All else happens on the courier's threads. The schedule is Streaming DiLoCo's (arXiv 2501.18512).
 """
 
 from __future__ import annotations
