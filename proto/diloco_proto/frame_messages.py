@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Protocol, TypeVar
 
 from . import outer_pb2 as pb
-from .codec import Packed
+from .packed import Packed
 
 FRAME_FIELD = 0x12
 

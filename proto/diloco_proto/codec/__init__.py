@@ -5,7 +5,6 @@ from diloco_proto.codec.errors import CorruptFrame, UnencodableValue
 from diloco_proto.codec.formats import BLOCK, Encoded, Format, FormatSpec
 from diloco_proto.codec.frames import (
     Frame,
-    Packed,
     contribution_digest,
     frame_blocks,
     frame_checksum,
@@ -35,6 +34,7 @@ from diloco_proto.codec.kernels import (
     validate,
     warm_up,
 )
+from diloco_proto.packed import Packed
 
 __all__ = [
     "BLOCK",

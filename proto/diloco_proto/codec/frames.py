@@ -36,6 +36,7 @@ import zstandard
 from diloco_proto.codec.errors import CorruptFrame
 from diloco_proto.codec.formats import BLOCK, Bytes, Encoded, Format
 from diloco_proto.codec.kernels import validate
+from diloco_proto.packed import Packed
 
 MAGIC: Final = b"DLF1"
 HEADER_BYTES: Final = 32
@@ -81,28 +82,6 @@ class Frame:
     def encoded(self) -> Encoded:
         """Scales and codes as the codec's operations take them."""
         return Encoded(self.format, self.scales, self.codes)
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A frame before its bytes are put together: they are copied once, to where they go."""
-
-    head: bytes
-    """All 32 bytes of it."""
-    scales: bytes | memoryview
-    """Stored bytes; where not compressed, a view of what was encoded."""
-    codes: bytes | memoryview
-    """Likewise."""
-
-    @property
-    def pieces(self) -> tuple[bytes | memoryview, ...]:
-        return self.head, self.scales, self.codes
-
-    def __len__(self) -> int:
-        return sum(map(len, self.pieces))
-
-    def __bytes__(self) -> bytes:
-        return b"".join(self.pieces)
 
 
 def worth_level(fmt: Format, bytes_per_second: float | None) -> int | None:
