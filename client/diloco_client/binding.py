@@ -1,8 +1,8 @@
 """A torch model seen as flat fragments: which tensors take part, and how values go out of them and back in.
 
 A fragment's values are one numpy float32[length] everywhere but in the model. (On a rank of an island they are those of
-its span; see `island.binding`.) `capture`, `mix`, `shift` and `adopt` run on the training thread: copies and one
-elementwise pass; so does `rebase_change`, which is only needed off schedule.
+its span; see `island.binding`.) `capture`, `mix`, `shift` and `adopt` run on the training thread: one pass over
+the values; so does `rebase_change`, which is only needed off schedule.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from .optimizers import check_optimizers
 from .spans import Span
 
 KEPT_BUFFERS = 2
-"""One for what is captured next, one for what arrives next."""
+"""One for what is captured next, where that is copied, and one for what arrives next."""
+
+SMALL = 1 << 13
+"""Values of a tensor, in the mean, below which a call for each costs more than to copy them all."""
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and activation checkpointing put before the names of what they wrap."""
@@ -167,8 +170,7 @@ class Binding:
         the training stream only runs a copy on the device; the way to the host goes over a stream of its own into
         pinned memory."""
         if self._in_place(fragment):
-            found = [(begin, t.detach().view(-1).numpy()) for begin, _, t in self._local(fragment)]
-            return InPlace(found, self.spans[fragment].length)
+            return InPlace([(b, _seen(t)) for b, _, t in self._local(fragment)], self.spans[fragment].length)
         with record_function("diloco::capture"):
             tensors = self._local(fragment)
             device = self._common_device(fragment)
@@ -334,8 +336,11 @@ class Binding:
         return buffer
 
     def _in_place(self, fragment: int) -> bool:
-        return not self._rounded[fragment] and all(
-            t.device.type == "cpu" and t.is_contiguous() for _, _, t in self._local(fragment)
+        """Of many small tensors a copy takes less: each is encoded by itself."""
+        slots = self.layout.fragments[fragment].slots
+        return self.spans[fragment].length >= SMALL * len(slots) and all(
+            t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()
+            for _, _, t in self._local(fragment)
         )
 
     def _local(self, fragment: int) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -380,6 +385,12 @@ def _fill(flat: torch.Tensor, tensors: Iterable[tuple[int, int, torch.Tensor]]) 
         del local  # else it lasts until the next tensor is put together
     if filled < len(flat):
         flat[filled:].zero_()
+
+
+def _seen(tensor: torch.Tensor) -> Floats:
+    """Its values, not copied. Not by Tensor.numpy(), after which a tensor can never be resized."""
+    values: Floats = np.from_dlpack(tensor.detach().view(-1))  # type: ignore[assignment]
+    return values
 
 
 def _has_replicas(model: torch.nn.Module) -> bool:

@@ -13,7 +13,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from torch.profiler import record_function
 
@@ -36,13 +35,12 @@ log = logging.getLogger("diloco")
 CLOSE_SECONDS = 5.0
 """So long `close` waits for the transfers to end, which were cut."""
 
-
 KEPT_BUFFERS = 2
 """For what is encoded next and what that leaves out."""
 
 
 class Courier:
-    """Two threads: one encodes and pushes, one pulls and decodes."""
+    """Two threads: one pushes, and encodes what was copied to be encoded, one pulls and decodes."""
 
     def __init__(
         self, transport: Transport, binding: Binding, uplink: Format, identity: Callable[[], pb.PushHeader]
@@ -118,12 +116,19 @@ class Courier:
 
     def push(self, flight: Flight) -> None:
         """Send a contribution off; the fragment must have none under way. What was captured in place is encoded now."""
-        if isinstance(flight.captured, InPlace):
-            with record_function("diloco::capture"), suppress(NonFiniteParameter):  # the push thread says it
-                self._encode(flight)
         with self._changed:
-            launched = self._flights.launch(flight)
-            if launched:
+            if not self._flights.launch(flight):
+                return
+        # Nobody else touches a flight that was not sent.
+        if isinstance(flight.captured, InPlace):
+            try:
+                with record_function("diloco::capture"):
+                    self._encode(flight)
+            except NonFiniteParameter as error:
+                self.fail(error)
+                return
+        with self._changed:
+            if self._flights.holds(flight):
                 self._send(flight)
 
     def flight(self, fragment: int) -> Flight | None:
@@ -301,22 +306,26 @@ class Courier:
 
     def _push_loop(self) -> None:
         while (flight := self._uphill.get()) is not None:
-            self._prepare(flight)
-            assert flight.header is not None
-            with self._changed:
-                if not self._flights.holds(flight):
-                    continue
-                run_id = flight.header.run_id = self._run_id
-            try:
-                with record_function("diloco::push"):
-                    outcome = self._transport.push(flight.header, flight.frames)
-            except RolledBack:
-                self._await_welcome_after(run_id)
-                continue
-            with self._changed:
-                if self._flights.holds(flight):
-                    self._pushed(flight, outcome)
-                self._changed.notify_all()
+            self._push(flight)
+            del flight  # while the next one is waited for, its memory may serve for that
+
+    def _push(self, flight: Flight) -> None:
+        self._prepare(flight)
+        assert flight.header is not None
+        with self._changed:
+            if not self._flights.holds(flight):
+                return
+            run_id = flight.header.run_id = self._run_id
+        try:
+            with record_function("diloco::push"):
+                outcome = self._transport.push(flight.header, flight.frames)
+        except RolledBack:
+            self._await_welcome_after(run_id)
+            return
+        with self._changed:
+            if self._flights.holds(flight):
+                self._pushed(flight, outcome)
+            self._changed.notify_all()
 
     def _pushed(self, flight: Flight, outcome: pb.Outcome) -> None:
         """The server has answered a push."""

@@ -30,9 +30,9 @@ long as a full disk stays full. A third of the client's patience with a transfer
 MAX_STREAMS = 16
 """Calls at once on one connection, of which a worker has three or so; further ones wait in the client."""
 
-LOOKAHEAD_BYTES = 1 << 20
-"""Of a stream, sent before the server asks for it: about a frame. With gRPC's 64 KiB a push waits between two frames,
-and is a sixth slower on a fast link."""
+LOOKAHEAD_BYTES = 256 << 10
+"""Of a stream, sent before the server asks for it. With gRPC's 64 KiB a push waits between two frames, and is a sixth
+slower on a fast link; with more than this strangers can make the server hold more for no gain."""
 
 MAX_METADATA_BYTES = 8 << 10
 """Of a call's headers, which are read before its token is known. A call of ours has some hundred bytes."""

@@ -306,8 +306,8 @@ class _Writer:
 
 
 def _write(assembly: Assembly, place: Place, data: memoryview, where: str) -> None:
-    """Heavy. Raises DamagedFrame for bytes that are not those announced, InvalidContribution for such as are, but no
-    frame that a worker may send here."""
+    """Heavy if the frame is compressed. Raises DamagedFrame for bytes that are not those announced, InvalidContribution
+    for such as are, but no frame that a worker may send here."""
     if not is_intact(data) or frame_checksum(data) != place.digest:
         raise DamagedFrame(f"{where}: the frame is not the one announced; it was damaged on its way")
     try:

@@ -149,6 +149,12 @@ def test_an_optimizer_with_an_attribute_for_its_copies_is_refused() -> None:
         Binding(model, [optimizer])
 
 
+@pytest.fixture
+def no_tensor_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diloco_client.binding.SMALL", 0)
+
+
+@pytest.mark.usefixtures("no_tensor_is_small")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_capture_pads_each_tensor_to_a_block(dtype: torch.dtype) -> None:
     model = nn.Linear(3, 5, dtype=dtype)
@@ -166,6 +172,32 @@ def test_capture_pads_each_tensor_to_a_block(dtype: torch.dtype) -> None:
     assert isinstance(captured, InPlace) == (dtype is torch.float32)
 
 
+def test_a_tensor_that_is_no_longer_what_it_was_is_copied() -> None:
+    """A module may replace its buffers; a model may be converted."""
+    model = nn.BatchNorm1d(9000)
+    binding = bind(model)
+    buffers = binding.layout.num_trained
+    assert isinstance(binding.capture(buffers), InPlace)
+    expected = model.running_var.clone()
+    model.running_var = expected.double()
+    captured = binding.capture(buffers)
+    assert isinstance(captured, HostCopy)
+    begin = next(s.offset for s in binding.layout.fragments[buffers].slots if s.tensor.name == "running_var")
+    np.testing.assert_array_equal(captured.wait()[begin : begin + 9000], expected)
+
+
+def test_of_many_small_tensors_a_copy_is_made() -> None:
+    assert isinstance(bind(nn.Sequential(*(nn.Linear(30, 30) for _ in range(50)))).capture(0), HostCopy)
+    assert isinstance(bind(nn.Linear(300, 300, bias=False)).capture(0), InPlace)
+
+
+def test_what_was_captured_in_place_can_be_resized_later() -> None:
+    model = nn.Linear(300, 300, bias=False)
+    bind(model).capture(0)
+    model.weight.untyped_storage().resize_(0)
+
+
+@pytest.mark.usefixtures("no_tensor_is_small")
 @pytest.mark.parametrize("feedback", [False, True])
 @pytest.mark.parametrize("fmt", list(Format), ids=lambda f: f.label)
 def test_what_is_encoded_in_place_is_what_a_copy_of_it_would_give(fmt: Format, feedback: bool) -> None:
@@ -185,6 +217,7 @@ def test_what_is_encoded_in_place_is_what_a_copy_of_it_would_give(fmt: Format, f
     assert bool(found[0][2]) == feedback
 
 
+@pytest.mark.usefixtures("no_tensor_is_small")
 def test_a_value_that_cannot_be_encoded_is_found_where_it_is() -> None:
     model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
     binding = bind(model)

@@ -10,6 +10,7 @@ from reference_diloco import ReferenceDiloco
 from torch import nn
 
 import diloco_client
+from diloco_client import binding
 from diloco_client.binding import Binding
 from diloco_proto.manifest import Pattern, build_layout
 from diloco_proto.schedule import Schedule
@@ -103,9 +104,13 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("small", [0, binding.SMALL], ids=["encoded-in-place", "copied"])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(("kind", "tolerance"), [("sgd", 1e-6), ("adamw", 1e-4)])
-def test_equals_single_process_diloco(setting: str, kind: str, tolerance: float, together) -> None:
+def test_equals_single_process_diloco(
+    setting: str, kind: str, tolerance: float, small: int, together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binding, "SMALL", small)
     config = fp32(**SETTINGS[setting])
     steps = 5 * config.sync_every
     results, status = real_run(config, kind, steps, WORKERS, together)

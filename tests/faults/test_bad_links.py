@@ -22,6 +22,7 @@ from diloco_proto.codec import digest
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import DamagedFrame, InvalidContribution
 from diloco_server import RunConfig, daemon, serve, service
+from diloco_server.keeper import Keeper
 
 SOON = Retry(first=0.001, cap=0.01)
 SIZE = 2_000_000
@@ -233,7 +234,7 @@ def test_to_wait_for_an_outcome_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(service, "ANSWER_SECONDS", 0.1)
     with bed(progress_timeout=0.6) as on:
         durable, room = on.server.engine.keeper.durable, on.server.engine.keeper.room
-        waits = iter([1.2, 1.2])
+        waits, crowds = iter([1.2, 1.2]), []
 
         async def slowly(*args):
             await asyncio.sleep(next(waits, 0.0))
@@ -241,14 +242,17 @@ def test_to_wait_for_an_outcome_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> 
 
         async def crowded():
             on.server.engine.keeper.room = room
+            crowds.append(1)
             await asyncio.sleep(1.2)
             await room()
 
+        monkeypatch.setattr(Keeper, "has_room", False)
         on.server.engine.keeper.durable, on.server.engine.keeper.room = slowly, crowded
         assert on.push().kind == pb.OUTCOME_STAGED
         assert on.push().kind in (pb.OUTCOME_ALREADY_HAVE, pb.OUTCOME_COUNTED), "answered to its header"
         on.check_counted_once()
         assert on.link.accepted == 1
+        assert crowds == [1]
 
 
 # -- keepalive --

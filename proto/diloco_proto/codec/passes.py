@@ -28,8 +28,8 @@ from diloco_proto.codec.native import (
 )
 from diloco_proto.codec.pieces import f32
 
-STEP: Final = 8
-"""Blocks at a time: 2 KiB of each array."""
+STEP: Final = 4
+"""Blocks at a time, 1 KiB of each array: few enough that the processor begins with the next ones meanwhile."""
 
 
 @kernel(INT64, *(ADDRESS,) * 8, *(INT64,) * 3, INT32, INT32, ADDRESS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 from collections.abc import Sequence
@@ -134,11 +135,13 @@ class OsFile:
 
 
 def _forget(fd: int) -> None:
-    """What was written is not read again by this process. Its pages serve what is written next: on a virtual machine
-    fresh ones may cost several times what the writing does."""
+    """What was written is hardly read again. Its pages serve what is written next: on a virtual machine fresh ones may
+    cost several times what the writing does. The last page stays, for what is appended to it."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            whole = os.fstat(fd).st_size // mmap.PAGESIZE * mmap.PAGESIZE
+            if whole:
+                os.posix_fadvise(fd, 0, whole, os.POSIX_FADV_DONTNEED)
 
 
 def _sync(fd: int) -> None:

@@ -1,8 +1,9 @@
 """The journal: records in the order in which they were appended, on disk before anybody is told so.
 
-Appending only queues. One thread writes what is queued, and syncs when somebody waits for it: one sync serves all who
-wait. A write that fails, since the disk is full or read-only, is made again at the same place until it works, and
-until then nothing is acknowledged. A sync that fails is the end: nobody knows what is on disk then.
+Appending only queues. One thread writes what is queued, and syncs when somebody waits for it, or when much was
+written: one sync serves all who wait. A write that fails, since the disk is full or read-only, is made again at the
+same place until it works, and until then nothing is acknowledged. A sync that fails is the end: nobody knows what is on
+disk then.
 """
 
 from __future__ import annotations
@@ -281,7 +282,7 @@ class Journal:
         return bool(self._waiting) and self._waiting[0][0] <= self._written
 
     def pump(self) -> bool:
-        """Write what is due, and sync it if somebody waits. False: in trouble, to be tried again later."""
+        """Write what is due, and sync it if somebody waits or it is much. False: in trouble, to be tried again."""
         if self._task is None:
             self._task = self._next_task()
         task = self._task
