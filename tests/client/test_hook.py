@@ -307,7 +307,9 @@ def test_a_malformed_address_fails_at_once(address: str) -> None:
         diloco_client.join(address, model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def test_diverged_parameters_stop_the_worker_by_tensor_name() -> None:
+@pytest.mark.parametrize("small", [0, binding.SMALL], ids=["encoded-in-place", "copied"])
+def test_diverged_parameters_stop_the_worker_by_tensor_name(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "SMALL", small)
     with serve(RunConfig(sync_every=2, num_fragments=1, overlap_steps=0)) as server:
         model = make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
