@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import diloco_client
+from diloco_client import binding
 from diloco_server import RunConfig, serve
 
 QUICK = {"sync_every": 6, "num_fragments": 2, "overlap_steps": 1, "grace_seconds": "inf"}
