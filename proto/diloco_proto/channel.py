@@ -32,8 +32,8 @@ MAX_STREAMS = 16
 
 LOOKAHEAD_BYTES = 256 << 10
 """Of a stream, sent before the server asks for it. The more, the less a push waits between two frames: with a whole
-frame it is a sixth faster on a fast link than with gRPC's 64 KiB. But before a token is known anybody can have the server
-hold as much for each call."""
+frame it is a sixth faster on a fast link than with gRPC's 64 KiB. But before a token is known anybody can have the
+server hold as much for each call."""
 
 MAX_METADATA_BYTES = 8 << 10
 """Of a call's headers, which are read before its token is known. A call of ours has some hundred bytes."""
