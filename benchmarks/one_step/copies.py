@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from diloco_client.binding import Binding
-from diloco_client.flights import Base, Flight
+from diloco_client.captured import encode_captured
 from diloco_proto.buffers import Buffers
 from diloco_proto.codec import BLOCK, Format
 from diloco_proto.codec.formats import Floats
@@ -36,36 +36,17 @@ def on_cpu(binding: Binding, repeats: int) -> dict[str, float]:
             source, sink = torch.ones(fragment.length), torch.zeros(fragment.length)
             copy = _seconds(lambda source=source, sink=sink: sink.copy_(source))  # type: ignore[misc]
             theta = binding.capture(fragment.index).wait()
-            flight = _flight(fragment.index, theta)
-            capture = _seconds(lambda flight=flight: _capture_and_encode(binding, flight, memory))  # type: ignore[misc]
+            index = fragment.index
+            capture = _seconds(lambda p=index, theta=theta: _capture_and_encode(binding, p, theta, memory))  # type: ignore[misc]
             merge = _seconds(lambda index=fragment.index, theta=theta: binding.mix(index, theta, 0.5))  # type: ignore[misc]
             taken["capture"].append(capture / copy)
             taken["apply"].append(merge / (LERP * copy))
     return {name: statistics.median(ratios) for name, ratios in taken.items()}
 
 
-def _flight(fragment: int, theta: Floats) -> Flight:
-    """Of one inner step, against this base."""
-    return Flight(
-        fragment=fragment,
-        base=Base(0, theta),
-        captured=None,
-        step=1,
-        due_step=1,
-        steps=1,
-        tokens=1,
-        tokens_until=1,
-        since_version=0,
-        feedback=False,
-        residual=None,
-    )
-
-
-def _capture_and_encode(binding: Binding, flight: Flight, memory: Buffers) -> None:
+def _capture_and_encode(binding: Binding, fragment: int, theta: Floats, memory: Buffers) -> None:
     """As the training thread does it where the parameters lie in host memory."""
-    flight.captured = binding.capture(flight.fragment)
-    theta = flight.base.theta
-    flight.encode(Format.INT4, theta, memory.encoded(Format.INT4, theta.size // BLOCK))
+    encode_captured(binding.capture(fragment), theta, memory.encoded(Format.INT4, theta.size // BLOCK))
 
 
 def on_cuda(parameters: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:

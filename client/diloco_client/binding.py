@@ -196,9 +196,7 @@ class Binding:
         """local ← α·local + (1 − α)·θ, the merge of a contribution that was counted on schedule."""
         with record_function("diloco::apply"):
             for local, value in self._on_device(fragment, theta):
-                if not alpha:
-                    local.copy_(value)
-                elif local.dtype == torch.float32:
+                if local.dtype == torch.float32:
                     local.lerp_(value, 1.0 - alpha)
                 else:
                     local.copy_(local.float().lerp_(value, 1.0 - alpha))

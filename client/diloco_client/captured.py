@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from diloco_proto.codec import BLOCK
+from diloco_proto.codec import BLOCK, Encoded, UnencodableValue, encode_difference
 from diloco_proto.codec.formats import Floats
 
 
@@ -44,3 +44,16 @@ class InPlace:
                 last = np.zeros(BLOCK, np.float32)
                 last[: values.size - whole] = values[whole:]
                 yield begin + whole, last
+
+
+def encode_captured(
+    local: Captured, base: Floats, into: Encoded, residual: Floats | None = None, left_out: Floats | None = None
+) -> None:
+    """Encode (base - local) + residual, and what that leaves out, as `encode_difference`. Raises UnencodableValue."""
+    for begin, values in local.pieces() if isinstance(local, InPlace) else ((0, local.wait()),):
+        end = begin + values.size
+        part = into.part(begin // BLOCK, end // BLOCK)
+        before, after = (None if a is None else a[begin:end] for a in (residual, left_out))
+        bad = encode_difference(into.format, base[begin:end], values, part.scales, part.codes, before, after)
+        if bad >= 0:
+            raise UnencodableValue(begin + bad)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import BLOCK, Encoded, Format, Packed, UnencodableValue, empty_encoded, encode_difference
+from diloco_proto.codec import BLOCK, Encoded, Format, Packed, empty_encoded
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import DilocoError
 
-from .captured import Captured, InPlace
+from .captured import Captured, encode_captured
 
 _KEPT = (pb.OUTCOME_STAGED, pb.OUTCOME_ALREADY_HAVE)
 
@@ -101,18 +101,11 @@ class Flight:
 
         Raises UnencodableValue.
         """
-        local = self.captured
-        assert local is not None
+        assert self.captured is not None
         encoded = memory or empty_encoded(fmt, len(base) // BLOCK)
         if self.feedback and left_out is None:
             left_out = np.empty_like(base)
-        for begin, values in local.pieces() if isinstance(local, InPlace) else ((0, local.wait()),):
-            end = begin + values.size
-            part = encoded.part(begin // BLOCK, end // BLOCK)
-            residual, rest = (None if a is None else a[begin:end] for a in (self.residual, left_out))
-            bad = encode_difference(fmt, base[begin:end], values, part.scales, part.codes, residual, rest)
-            if bad >= 0:
-                raise UnencodableValue(begin + bad)
+        encode_captured(self.captured, base, encoded, self.residual, left_out)
         self.encoded, self.next_residual = encoded, left_out
         return encoded
 

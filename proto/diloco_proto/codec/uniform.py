@@ -6,7 +6,7 @@ where the mantissa of amax exceeds that of q_max.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -38,6 +38,9 @@ from diloco_proto.codec.pieces import (
     power,
     u8,
 )
+
+AHEAD: Final = 4096
+"""Bytes of codes that are fetched early where they are all that is read: a processor need not do it by itself."""
 
 
 @inlined
@@ -105,7 +108,7 @@ def squares_nibble(scales_at: int, codes_at: int, blocks: int) -> np.float64:
     scales = carray(pointer(scales_at), blocks, u8)
     total = np.float64(0)
     for b in range(blocks):
-        prefetch(codes_at + b * 32 + 4096)
+        prefetch(codes_at + b * 32 + AHEAD)
         s = np.float64(power(i32(scales[b])))
         total += np.float64(squares_of_nibbles(codes_at + b * 32)) * (s * s)
     return total

@@ -230,7 +230,7 @@ class Journal:
         with self._changed:
             if self.failed is not None:
                 raise self.failed
-            if self._queued_bytes < QUEUE_BYTES:
+            if self.has_room:
                 return
             future: Future[None] = Future()
             self._wanting_room.append(future)
