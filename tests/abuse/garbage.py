@@ -8,13 +8,18 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+from diloco_proto.channel import LOOKAHEAD_BYTES
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_HEADERS = 4
 
-WINDOW = 65_535
-"""Bytes that HTTP/2 lets a client send before it has heard anything."""
+WINDOW = LOOKAHEAD_BYTES
+"""Bytes that the server lets a connection send, by its SETTINGS and WINDOW_UPDATE, before it has read any."""
+
+PIECE = 1 << 13
+"""Of them in a frame."""
 
 Socket = socket.socket | ssl.SSLSocket
 Trick = tuple[Callable[[int], Socket], Callable[[random.Random], Iterator[bytes]]]
@@ -125,8 +130,8 @@ def calls_with_bodies(dice: random.Random) -> Iterator[bytes]:
     token = dice.choice(("", "y" * 43))
     streams = range(1, 64, 2)
     yield b"".join(frame(HEADERS, s, header_block(token=token), END_HEADERS) for s in streams)
-    for at in range(0, WINDOW, WINDOW // 8):
-        body = (b"\0" + (4 << 20).to_bytes(4, "big") if not at else b"") + bytes(WINDOW // 8 - 5)
+    for at in range(0, WINDOW, PIECE):
+        body = (b"\0" + (4 << 20).to_bytes(4, "big") if not at else b"") + bytes(PIECE - 5)
         yield frame(DATA, dice.choice(streams), body)
 
 

@@ -297,7 +297,7 @@ def _accumulate_into(
             spec.code_bytes,
             first_block,
             weight,
-            _at(scratch) if out.ctypes.data % 16 == 0 else 0,
+            _at(scratch) if (_at(out) | _at(scratch)) % 16 == 0 else 0,
         )
     )
 
