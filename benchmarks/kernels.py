@@ -62,7 +62,7 @@ from diloco_proto.codec import (
     encode_fragment,
     subtract_into,
 )
-from diloco_server.outer import FragmentState, OuterSettings, commit
+from diloco_server.outer import FragmentState, OuterSettings, commit_frames
 
 UPLINK_ONLY = (Format.INT2, Format.TERNARY)
 MOST = 16
@@ -110,6 +110,7 @@ class Bench:
         self.state = FragmentState(self.x.copy(), *zeros)
         self.acc = np.zeros(self.x.size, np.float32)
         self.downlink = Format.INT4 if fmt in UPLINK_ONLY else fmt
+        self.update = encode_fragment(self.downlink, self.x)
         encoded, update = fmt.spec.bits / 8, self.downlink.spec.bits / 8
         self.works: dict[str, tuple[float, Callable[[], object]]] = {
             "encode": (4 + encoded, lambda: self._spread(self._encode)),
@@ -127,7 +128,11 @@ class Bench:
 
     def _commit(self, count: int) -> None:
         settings = OuterSettings(optimizer="nesterov", lr=0.7, momentum=0.9, downlink=self.downlink)
-        commit(self.state, self.contributions[:count], [1.0] * count, settings, self.pool)
+        commit_frames(self.state, self.contributions[:count], [1.0] * count, settings, self._take, self.pool)
+
+    def _take(self, first: int, frame: Encoded) -> None:
+        here = self.update.part(first, first + frame.num_blocks)
+        here.scales[:], here.codes[:] = frame.scales, frame.codes
 
     def _encode(self, first: int, end: int) -> None:
         to = self.target.part(first, end)

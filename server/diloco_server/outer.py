@@ -47,8 +47,6 @@ DELAYED: Final = "delayed-nesterov"
 
 LIMIT: Final = 2.0**126
 """No value of the state may reach it: no format could hold it."""
-TASK: Final = 1 << 14
-"""Blocks a thread takes at a time: a million values, about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +145,35 @@ def commit(
     *,
     scales: Sequence[float] | None = None,
     delay: int = 1,
-    memory: Encoded | None = None,
 ) -> Encoded:
-    """One outer step on the weighted mean of the contributions; returns the update, already subtracted from theta.
+    """One outer step, as by `commit_frames`; returns the whole update."""
+    update = kernels.empty_encoded(settings.downlink, state.theta.size // BLOCK)
 
-    The new theta's digest is in the state. `memory`: for the update, if it need not get its own.
+    def take(first: int, frame: Encoded) -> None:
+        here = update.part(first, first + frame.num_blocks)
+        here.scales[:], here.codes[:] = frame.scales, frame.codes
+
+    commit_frames(state, contributions, weights, settings, take, threads, scales=scales, delay=delay)
+    return update
+
+
+def commit_frames(
+    state: FragmentState,
+    contributions: Sequence[Encoded],
+    weights: Sequence[float],
+    settings: OuterSettings,
+    take: Callable[[int, Encoded], None],
+    threads: Executor | None = None,
+    *,
+    scales: Sequence[float] | None = None,
+    delay: int = 1,
+    blocks: int | None = None,
+) -> None:
+    """One outer step on the weighted mean of the contributions.
+
+    take(first block, part) gets the update, already subtracted from theta: `blocks` blocks at a time, by default as
+    many as a frame has, while they are in the cache; from all threads, in any order. The new theta's digest is in the
+    state.
 
     Contributions cover the fragment, are legal (`codec.validate`, as every frame read is) and may be in
     different formats. Their order matters to the last bit: the caller sorts them. Weights are >= 0 and not all
@@ -161,12 +183,11 @@ def commit(
     "delayed-nesterov" takes one contribution at a time; its weight is relative to the usual one. `delay`, its N,
     is heeded when a window begins and holds until its end.
 
-    Raises UnencodableValue, before anything of the state has changed, if the step would make a value of the
-    state or of the update NaN, infinite or of magnitude 2^126 or more; its index is that of the first such
+    Raises UnencodableValue, before anything of the state has changed or been taken, if the step would make a value of
+    the state or of the update NaN, infinite or of magnitude 2^126 or more; its index is that of the first such
     value. How it knows: bounds of the magnitudes in the state are carried from step to step, and the
     contributions' come from their scales, at next to no cost. Only when these leave the possibility of an
-    overflow, which takes contributions near 2^100, the step is first rehearsed on copies of a million values at
-    a time.
+    overflow, which takes contributions near 2^100, the step is first rehearsed on copies of a frame at a time.
     """
     delayed = settings.optimizer == DELAYED
     assert delay >= 1
@@ -174,21 +195,19 @@ def commit(
     window = state.window if state.buffered else delay
     last = not delayed or state.buffered + 1 >= window
     shares = coefficients(weights, scales, float(window) if delayed else None)
-    step = _Step(state, contributions, shares, settings, last, memory)
+    step = _Step(state, contributions, shares, settings, last, blocks or settings.downlink.spec.frame_blocks)
     bounds = (state.bounds or state.measure()).after(*step.magnitudes)
     if not bounds.safe():
         bounds = state.measure().after(*step.magnitudes)
     certain = bounds.safe()
-    starts = range(0, step.num_blocks, TASK)
     if not certain:
-        for start in starts:
+        for start in step.starts:
             step.rehearse(start)
-    spread(step.run, starts, threads)
+    spread(lambda start: take(start, step.run(start)), step.starts, threads)
     state.digest = step.digest
     state.bounds = bounds if certain else None
     if delayed:
         state.window, state.buffered = window, 0 if last else state.buffered + 1
-    return step.update
 
 
 def spread(work: Callable[[int], None], starts: Sequence[int], threads: Executor | None) -> None:
@@ -240,8 +259,9 @@ class _Step:
         shares: Sequence[np.float32],
         settings: OuterSettings,
         last: bool,
-        memory: Encoded | None,
+        blocks: int,
     ) -> None:
+        """`blocks`: of a range."""
         n = state.theta.size
         assert all(a.dtype == np.float32 and a.flags.c_contiguous and a.size == n for a in _arrays(state))
         assert n % BLOCK == 0
@@ -249,25 +269,28 @@ class _Step:
         assert (settings.optimizer == DELAYED) == (state.buffer is not None)
         assert settings.downlink not in (Format.INT2, Format.TERNARY)
         assert contributions
-        self.num_blocks = n // BLOCK
-        assert all(c.num_blocks == self.num_blocks for c in contributions)
+        assert all(c.num_blocks * BLOCK == n for c in contributions)
         g = sum(abs(float(k)) * _largest(c) for k, c in zip(shares, contributions, strict=True))
         mu = 0.0 if state.momentum is None else settings.momentum
         self.magnitudes = (g, mu, settings.lr, last)
         """What the bounds after the step depend on."""
-        self.update = memory or kernels.empty_encoded(settings.downlink, self.num_blocks)
+        self.starts = range(0, n // BLOCK, blocks)
+        """First block of each range."""
         self._state = state
         self._settings = settings
         self._optimizer = _optimizer(state, last)
         self._coefficients = np.array(shares, np.float32)
         self._sources = np.array([source(c) for c in contributions], np.int64)
-        self._digests = np.zeros(-(-self.num_blocks // TASK), np.uint64)
+        self._digests = np.zeros(len(self.starts), np.uint64)
         self._alive = contributions  # the addresses in _sources point into their arrays
 
-    def run(self, start: int) -> None:
-        """Commit up to TASK blocks from block `start` on."""
-        bad = self._run(start, self._part(start), np.empty(STEP * BLOCK, np.float32), self._digests[start // TASK :])
+    def run(self, start: int) -> Encoded:
+        """Commit the range that begins at block `start`; returns its part of the update."""
+        part, scratch = self._part(start), np.empty(STEP * BLOCK, np.float32)
+        update = kernels.empty_encoded(self._settings.downlink, part.theta.size // BLOCK)
+        bad = self._run(start, part, update, scratch, self._digests[start // self.starts.step :])
         assert bad < 0
+        return update
 
     @property
     def digest(self) -> int:
@@ -275,9 +298,10 @@ class _Step:
         return int(self._digests.sum())
 
     def rehearse(self, start: int) -> None:
-        """Commit the same blocks on copies. Raises UnencodableValue if a value comes out too large."""
+        """Commit the same range on copies. Raises UnencodableValue if a value comes out too large."""
         part, scratch = self._part(start).copy(), np.empty(STEP * BLOCK, np.float32)
-        bad = self._run(start, part, scratch, np.zeros(1, np.uint64))
+        update = kernels.empty_encoded(self._settings.downlink, part.theta.size // BLOCK)
+        bad = self._run(start, part, update, scratch, np.zeros(1, np.uint64))
         if bad >= 0:  # scratch holds the u of the step in which it stopped
             offset = bad % STEP * BLOCK
             index = bad * BLOCK + _first_over(scratch[offset : offset + BLOCK])
@@ -287,9 +311,11 @@ class _Step:
             raise UnencodableValue(start * BLOCK + min(i for i in found if i >= 0))
 
     def _part(self, start: int) -> FragmentState:
-        return self._state.part(slice(start * BLOCK, (start + TASK) * BLOCK))
+        return self._state.part(slice(start * BLOCK, (start + self.starts.step) * BLOCK))
 
-    def _run(self, start: int, part: FragmentState, scratch: Floats, digest: NDArray[np.uint64]) -> int:
+    def _run(
+        self, start: int, part: FragmentState, update: Encoded, scratch: Floats, digest: NDArray[np.uint64]
+    ) -> int:
         fmt = self._settings.downlink
         spec, loops = fmt.spec, kernels.loops_of(fmt)
         bad = commit_blocks(
@@ -297,13 +323,13 @@ class _Step:
             self._coefficients.ctypes.data,
             len(self._sources),
             start,
-            part.theta.size // BLOCK,
+            update.num_blocks,
             part.theta.ctypes.data,
             0 if part.momentum is None else part.momentum.ctypes.data,
             part.residual.ctypes.data,
             0 if part.buffer is None else part.buffer.ctypes.data,
-            self.update.scales.ctypes.data + start * spec.scale_bytes,
-            self.update.codes.ctypes.data + start * spec.code_bytes,
+            update.scales.ctypes.data,
+            update.codes.ctypes.data,
             spec.scale_bytes,
             spec.code_bytes,
             loops.feedback.address,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.buffers import Buffers
 from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, flush_, pack, worth_level
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import NonFiniteParameter, SnapshotExpired
@@ -18,7 +17,7 @@ from diloco_proto.frame_messages import frame_message
 from diloco_proto.manifest import Fragment, Layout, Role
 from diloco_proto.wire import codec_to_pb
 
-from .outer import DELAYED, FragmentState, OuterSettings, commit, spread
+from .outer import DELAYED, FragmentState, OuterSettings, commit_frames, spread
 
 KEPT_UPDATES = 1
 """Published updates of a fragment that are kept in memory whatever their size; who is further behind than the
@@ -115,11 +114,22 @@ class _Global:
     def snapshot_bytes(self) -> int:
         return self.fragment.num_blocks * Format.FP32.spec.code_bytes
 
+    def make_room(self, share: float) -> None:
+        """For an update that is about to be made: drop what would be dropped for it, were it as large as the last."""
+        if self.updates:
+            self._drop(share, 1, self.updates[-1].nbytes)
+
     def keep(self, update: Update, share: float) -> None:
         """Keep it, and of the older ones those that together with it stay under this share of a snapshot."""
         self.updates.append(update)
         self.updates_bytes += update.nbytes
-        while len(self.updates) > KEPT_UPDATES and self.updates_bytes >= share * self.snapshot_bytes:
+        self._drop(share)
+
+    def _drop(self, share: float, more: int = 0, more_bytes: int = 0) -> None:
+        """The oldest, as long as there are too many, with so many more of so many bytes."""
+        while (
+            len(self.updates) + more > KEPT_UPDATES and self.updates_bytes + more_bytes >= share * self.snapshot_bytes
+        ):
             self.updates_bytes -= self.updates.popleft().nbytes
 
 
@@ -128,9 +138,9 @@ class Parameters:
 
     def __init__(self, layout: Layout, settings: OuterSettings) -> None:
         self._delayed = settings.optimizer == DELAYED
+        self._kept_share = KEPT_SHARE_DELAYED if self._delayed else KEPT_SHARE
         self.reader_speed: float | None = None
         """Bytes a second that the slowest reader takes; None while unknown."""
-        self._memory = Buffers(1)
         self._globals = []
         for fragment in layout.fragments:
             its = BUFFERS if fragment.role is Role.BUFFER else settings
@@ -169,6 +179,10 @@ class Parameters:
         target.version, target.digest = version, digest
         return target.state
 
+    def make_room(self, fragment: int) -> None:
+        """For the update of a commit that is about to begin: so that it and what it replaces are not both in memory."""
+        self._globals[fragment].make_room(self._kept_share)
+
     def commit(
         self,
         fragment: int,
@@ -190,28 +204,25 @@ class Parameters:
         if target.snapshot is not None:
             # Its readers go on from the old array; the step is made on a copy.
             target.state.theta = target.state.theta.copy()
-        counted = True
+        fmt = target.settings.downlink
+        messages = _Messages(target.fragment, fmt, worth_level(fmt, self.reader_speed))
+        counted, value = True, target.digest
         try:
-            memory = self._memory.encoded(target.settings.downlink, target.fragment.num_blocks)
-            update = commit(
-                *(target.state, payloads, weights, target.settings, threads),
-                scales=scales,
-                delay=delay,
-                memory=memory,
+            commit_frames(
+                *(target.state, payloads, weights, target.settings, messages.take, threads), scales=scales, delay=delay
             )
             value = target.state.digest
         except UnencodableValue:
             counted = False
-            update, value = _zero_update(target.fragment, target.settings.downlink), target.digest
-        messages = _serialized(update, worth_level(update.format, self.reader_speed), threads)
+            messages.take_zeros(threads)
         item = pb.Item(
             kind=pb.ITEM_UPDATE,
             version=target.version + 1,
-            codec=codec_to_pb(update.format),
-            frames=len(messages),
+            codec=codec_to_pb(fmt),
+            frames=len(messages.made),
             digest=value,
         )
-        return Update(target.version + 1, value, messages, item), counted
+        return Update(target.version + 1, value, tuple(messages.made), item), counted
 
     def publish(self, fragment: int, update: Update) -> None:
         """The committed step becomes the fragment's version; from now on readers get it."""
@@ -219,7 +230,7 @@ class Parameters:
         assert update.version == target.version + 1
         target.version = update.version
         target.digest = update.digest
-        target.keep(update, KEPT_SHARE_DELAYED if self._delayed else KEPT_SHARE)
+        target.keep(update, self._kept_share)
         if target.snapshot is not None:
             if target.old_snapshot is not None:
                 # One old copy at a time: memory stays bounded however slow a reader is.
@@ -299,18 +310,29 @@ def snapshot_item(snapshot: Snapshot, first: int, stop: int | None = None) -> pb
     )
 
 
-def _serialized(update: Encoded, level: int | None, threads: Executor | None) -> tuple[bytes, ...]:
-    """Serialized PullReply of each frame of an update; idle threads help."""
-    step = update.format.spec.frame_blocks
-    messages = [b""] * -(-update.num_blocks // step)
+class _Messages:
+    """The serialized PullReplies of an update, a frame each."""
 
-    def serialize(number: int) -> None:
-        first = number * step
-        (packed,) = pack(update.part(first, first + step), first, level)
-        messages[number] = frame_message(packed)
+    def __init__(self, fragment: Fragment, fmt: Format, level: int | None) -> None:
+        self._blocks = fragment.num_blocks
+        self._format = fmt
+        self._level = level
+        self.made = [b""] * -(-fragment.num_blocks // fmt.spec.frame_blocks)
 
-    spread(serialize, range(len(messages)), threads)
-    return tuple(messages)
+    def take(self, first: int, frame: Encoded) -> None:
+        (packed,) = pack(frame, first, self._level)
+        self.made[first // self._format.spec.frame_blocks] = frame_message(packed)
+
+    def take_zeros(self, threads: Executor | None) -> None:
+        """An update that changes nothing."""
+        spec = self._format.spec
+
+        def take(first: int) -> None:
+            count = min(spec.frame_blocks, self._blocks - first)
+            zeros = (np.zeros(count * width, np.uint8) for width in (spec.scale_bytes, spec.code_bytes))
+            self.take(first, Encoded(self._format, *zeros))
+
+        spread(take, range(0, self._blocks, spec.frame_blocks), threads)
 
 
 def _empty_state(fragment: Fragment, settings: OuterSettings) -> FragmentState:
@@ -321,12 +343,3 @@ def _empty_state(fragment: Fragment, settings: OuterSettings) -> FragmentState:
         return FragmentState(zeros(), None, np.zeros(0, np.float32))
     momentum = None if settings.optimizer == "sgd" else zeros()
     return FragmentState(zeros(), momentum, zeros(), zeros() if settings.optimizer == DELAYED else None)
-
-
-def _zero_update(fragment: Fragment, fmt: Format) -> Encoded:
-    spec = fmt.spec
-    return Encoded(
-        fmt,
-        np.zeros(fragment.num_blocks * spec.scale_bytes, np.uint8),
-        np.zeros(fragment.num_blocks * spec.code_bytes, np.uint8),
-    )

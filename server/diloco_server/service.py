@@ -338,6 +338,7 @@ async def _ahead(stream: AsyncIterator[T | None], seconds: float, count: int) ->
             message = await reading
             if left > 1:
                 reading = asyncio.ensure_future(_next(stream, seconds))
+                await asyncio.sleep(0)  # gRPC is asked in the task's first step, now
             yield message
     finally:
         reading.cancel()

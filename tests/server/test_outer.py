@@ -18,7 +18,7 @@ from diloco_proto.codec.formats import Floats
 from diloco_server import outer
 from diloco_server.config import DOWNLINK
 from diloco_server.fused import STEP
-from diloco_server.outer import DELAYED, FragmentState, OuterSettings, coefficients, commit
+from diloco_server.outer import DELAYED, FragmentState, OuterSettings, coefficients, commit, commit_frames
 
 OPTIMIZERS = ("nesterov", "sgd", DELAYED)
 MEANS = ("nesterov", "sgd")
@@ -161,24 +161,36 @@ def test_special_cases_of_diloco() -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_threads_and_cuts_do_not_matter(
-    optimizer: str, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_and_cuts_do_not_matter(optimizer: str, pool: ThreadPoolExecutor) -> None:
     n = BLOCK * 1000
     contributions = [encode_fragment(f, x) for f, x in zip((Format.INT4, Format.E3M0), values(n, 2), strict=True)]
     results = set()
-    for task, threads in ((1 << 14, None), (1 << 14, pool), (7, pool), (64, None), (129, pool), (500, pool)):
-        monkeypatch.setattr(outer, "TASK", task)
+    for blocks, threads in ((None, None), (None, pool), (7, pool), (64, None), (129, pool), (500, pool)):
         state, chosen = fresh(n, optimizer), settings(optimizer, Format.INT3)
         for each in [[c] for c in contributions] if optimizer == DELAYED else [contributions]:
-            update = commit(state, each, [1.0, 2.0][: len(each)], chosen, threads, delay=2)
-        results.add((update.scales.tobytes(), update.codes.tobytes(), *contents(state)))
+            taken: dict[int, Encoded] = {}
+            weights = [1.0, 2.0][: len(each)]
+            commit_frames(state, each, weights, chosen, taken.__setitem__, threads, delay=2, blocks=blocks)
+        update = [taken[first] for first in sorted(taken)]
+        assert sorted(taken) == list(range(0, 1000, blocks or 1000))
+        scales, codes = (b"".join(getattr(part, name).tobytes() for part in update) for name in ("scales", "codes"))
+        results.add((scales, codes, *contents(state)))
     assert len(results) == 1
 
 
-def test_a_thread_of_the_pool_may_commit_with_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outer, "TASK", 8)
-    n = BLOCK * 200
+def test_the_update_comes_in_frames() -> None:
+    frame = Format.FP32.spec.frame_blocks
+    n = BLOCK * (2 * frame + 3)
+    state, whole = fresh(n), fresh(n)
+    contribution, taken = encode_fragment(Format.INT4, values(n, 1)[0]), {}
+    commit_frames(state, [contribution], [1.0], settings(), taken.__setitem__)
+    update = commit(whole, [contribution], [1.0], settings())
+    assert {first: part.num_blocks for first, part in taken.items()} == {0: frame, frame: frame, 2 * frame: 3}
+    assert b"".join(taken[first].codes.tobytes() for first in sorted(taken)) == update.codes.tobytes()
+
+
+def test_a_thread_of_the_pool_may_commit_with_the_pool() -> None:
+    n = BLOCK * Format.FP32.spec.frame_blocks * 4
     contribution = encode_fragment(Format.INT4, values(n, 1)[0])
     with ThreadPoolExecutor(1) as single:
         state, alone = fresh(n), fresh(n)
@@ -239,20 +251,21 @@ def huge(n: int, at: int, value: float) -> Encoded:
 @pytest.mark.parametrize(
     ("optimizer", "before"), [("nesterov", 0), ("sgd", 0), (DELAYED, 0), (DELAYED, 1), (DELAYED, 2)]
 )
-def test_an_overflow_leaves_the_state_alone(
-    optimizer: str, before: int, downlink: Format, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(outer, "TASK", 128)
+def test_an_overflow_leaves_the_state_alone(optimizer: str, before: int, downlink: Format) -> None:
     n, at = BLOCK * 300, BLOCK * 290 + 5
     state, chosen = fresh(n, optimizer), settings(optimizer, downlink, lr=8.0)
     usual = [encode_fragment(Format.INT4, values(n, 1)[0])]
     for _ in range(before):
         commit(state, usual, [1.0], chosen, delay=3)
     oracle, was = state.copy(), contents(state)
+    taken: dict[int, Encoded] = {}
     with pytest.raises(UnencodableValue) as error:
-        commit(state, [huge(n, at, 2.0**125)], [1.0], chosen, delay=3)
+        commit_frames(
+            *(state, [huge(n, at, 2.0**125)], [1.0], chosen, taken.__setitem__), delay=3, blocks=128
+        )  # in its third range
     assert error.value.index == at
     assert contents(state) == was
+    assert not taken
     commit(state, usual, [1.0], chosen, delay=2)
     by_the_oracle(oracle, usual, [1.0], chosen, delay=2)
     assert contents(state) == contents(oracle)

@@ -182,6 +182,21 @@ def test_who_is_further_behind_takes_a_snapshot(size: int, optimizer: str, fmt: 
     assert least <= len(offered) <= 1.5 * least
 
 
+def test_what_an_update_will_replace_makes_room_for_it() -> None:
+    large, small = seeded(1 << 16, downlink_codec="int8"), seeded(1 << 16, downlink_codec="int3")
+    for parameters in (large, small):
+        parameters.make_room(0)
+        assert parameters.updates_since(0, 0) == [], "there is none"
+        step(parameters, 0, 1 << 16)
+        step(parameters, 1, 1 << 16)
+        parameters.make_room(0)
+    assert large.updates_since(0, 1) is None
+    assert len(small.updates_since(0, 1) or []) == 1, "both will be kept"
+    for parameters in (large, small):
+        step(parameters, 2, 1 << 16)
+        assert len(parameters.updates_since(0, 2) or []) == 1
+
+
 def test_a_committed_step_is_not_seen_before_it_is_published() -> None:
     parameters = seeded(1000)
     before = parameters.versions()

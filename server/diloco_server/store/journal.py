@@ -35,7 +35,7 @@ log = logging.getLogger("diloco.server")
 
 Blob = bytes | bytearray | memoryview | NDArray[Any]
 
-QUEUE_BYTES = 32 << 20
+QUEUE_BYTES = 16 << 20
 """As much may wait to be written before `wait_room` waits."""
 
 BATCH_BYTES = 8 << 20
