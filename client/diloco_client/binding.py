@@ -8,7 +8,7 @@ the values; so does `rebase_change`, which is only needed off schedule.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +16,15 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from diloco_proto.buffers import Buffers
 from diloco_proto.codec import Encoded, accumulate, flush_
-from diloco_proto.codec.formats import Bytes, Floats
+from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import NonFiniteParameter, UnsupportedModel
 from diloco_proto.manifest import DTYPES, Fragment, Layout, Manifest, Role, TensorSpec
 
 from .captured import Captured, InPlace
+from .host import Host, seen
 from .optimizers import check_optimizers
 from .spans import Span
-
-KEPT_BUFFERS = 2
-"""One for what is captured next, where that is copied, and one for what arrives next."""
 
 SMALL = 1 << 13
 """Values of a tensor, in the mean, below which a call for each costs more than to copy them all."""
@@ -43,20 +40,6 @@ class _Found:
     tensor: torch.Tensor
     role: Role
     names: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class HostCopy:
-    """Captured: a copy in host memory, float32[length], complete once `ready` has passed."""
-
-    values: torch.Tensor
-    ready: torch.cuda.Event | None
-
-    def wait(self) -> Floats:
-        if self.ready is not None:
-            self.ready.synchronize()
-        values: Floats = self.values.numpy()
-        return values
 
 
 class Binding:
@@ -76,9 +59,7 @@ class Binding:
         self._parameters: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, tuple[torch.nn.Module, str]] = {}
         self._frozen: dict[int, str] = {}
-        self._side_streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._memory = Buffers(KEPT_BUFFERS)
-        self._pinned = Buffers(KEPT_BUFFERS, _pinned)
+        self._host = Host()
         self.manifest = self._build_manifest()
         self.check_optimizers()
 
@@ -166,30 +147,12 @@ class Binding:
 
     @torch.no_grad()
     def capture(self, fragment: int) -> Captured:
-        """The fragment's local values: where they are if host memory has them as they are encoded, else a copy. On CUDA
-        the training stream only runs a copy on the device; the way to the host goes over a stream of its own into
-        pinned memory."""
+        """The fragment's local values: where they are if host memory has them as they are encoded, else a copy."""
+        span = self.spans[fragment]
         if self._in_place(fragment):
-            return InPlace([(b, _seen(t)) for b, _, t in self._local(fragment)], self.spans[fragment].length)
+            return InPlace([(b, seen(t)) for b, _, t in self._local(fragment)], span.length)
         with record_function("diloco::capture"):
-            tensors = self._local(fragment)
-            device = self._common_device(fragment)
-            values = torch.from_numpy(self.host_buffer(fragment))
-            if device.type != "cuda":
-                _fill(values, tensors)
-                return HostCopy(values, None)
-            flat = torch.empty(len(values), dtype=torch.float32, device=device)
-            _fill(flat, tensors)
-            side = self._side_streams.get(device)
-            if side is None:
-                side = self._side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                values.copy_(flat, non_blocking=True)
-                flat.record_stream(side)
-                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                ready.record(side)
-            return HostCopy(values, ready)
+            return self._host.copy(self._local(fragment), span.length, self._common_device(fragment))
 
     @torch.no_grad()
     def mix(self, fragment: int, theta: Floats, alpha: float) -> None:
@@ -313,8 +276,7 @@ class Binding:
 
     def host_buffer(self, fragment: int) -> Floats:
         """Of the length that this process holds of the fragment, not initialised. Any thread."""
-        memory = self._pinned if self._common_device(fragment).type == "cuda" else self._memory
-        return memory.floats(self.spans[fragment].length)
+        return self._host.buffer(self.spans[fragment].length, self._common_device(fragment))
 
     def _common_device(self, fragment: int) -> torch.device:
         return self._tensor(self.layout.fragments[fragment].slots[0].tensor).device
@@ -355,12 +317,6 @@ class Binding:
             yield local, copies[local.device][offset:end].view(local.shape)
 
 
-def _pinned(nbytes: int) -> Bytes:
-    """From where a CUDA device copies on its own."""
-    values: Bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-    return values
-
-
 def non_finite(fragment: Fragment, index: int) -> NonFiniteParameter:
     kind, advice = "tensor", ""
     if fragment.role is Role.BUFFER:
@@ -370,25 +326,6 @@ def non_finite(fragment: Fragment, index: int) -> NonFiniteParameter:
         "on this worker. Nothing of it was sent; lower the inner learning rate or clip gradients, and start it "
         f"again{advice}"
     )
-
-
-def _fill(flat: torch.Tensor, tensors: Iterable[tuple[int, int, torch.Tensor]]) -> None:
-    """What lies between the tensors becomes 0."""
-    filled = 0
-    for begin, end, local in tensors:
-        if filled < begin:
-            flat[filled:begin].zero_()
-        flat[begin:end].view(local.shape).copy_(local, non_blocking=flat.is_cuda)
-        filled = end
-        del local  # else it lasts until the next tensor is put together
-    if filled < len(flat):
-        flat[filled:].zero_()
-
-
-def _seen(tensor: torch.Tensor) -> Floats:
-    """Its values, not copied. Not by Tensor.numpy(), after which a tensor can never be resized."""
-    values: Floats = np.from_dlpack(tensor.detach().view(-1))  # type: ignore[assignment]
-    return values
 
 
 def _has_replicas(model: torch.nn.Module) -> bool:

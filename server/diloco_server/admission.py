@@ -1,11 +1,18 @@
-"""Who may join a run, and what a worker that joins is told of it. Pure."""
+"""Who may join a run and read of it, and what a worker that joins is told of it. Pure."""
 
 from __future__ import annotations
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PROTOCOL_VERSION
-from diloco_proto.errors import InvalidContribution, ManifestMismatch, ProtocolMismatch, RolledBack, RunMismatch
-from diloco_proto.manifest import Manifest
+from diloco_proto.errors import (
+    InvalidContribution,
+    ManifestMismatch,
+    NotReady,
+    ProtocolMismatch,
+    RolledBack,
+    RunMismatch,
+)
+from diloco_proto.manifest import Layout, Manifest
 
 from .model import Model
 
@@ -58,6 +65,14 @@ def check_model(model: Model, manifest: Manifest, worker_id: str) -> None:
     difference = model.manifest.first_difference(manifest)
     if difference:
         raise ManifestMismatch(f"worker {worker_id!r} has another model than this run: {difference}")
+
+
+def check_readable(layout: Layout, fragment: int, *, seeded: bool) -> None:
+    """Raises NotReady or InvalidContribution unless the fragment can be pulled."""
+    if not seeded:
+        raise NotReady("the run has no parameters yet")
+    if fragment >= len(layout.fragments):
+        raise InvalidContribution(f"asked for fragment {fragment}; this run has {len(layout.fragments)}")
 
 
 def standings(model: Model, worker_id: str) -> list[pb.Standing]:

@@ -121,6 +121,22 @@ class Members:
     def in_state(self, state: MemberState) -> list[Member]:
         return [m for m in self._by_id.values() if m.state is state]
 
+    @property
+    def all_end(self) -> bool:
+        """There are live ones, and all of them are finishing or have finished."""
+        states = {m.state for m in self.live()}
+        return bool(states) and states <= {MemberState.FINISHING, MemberState.FINISHED}
+
+    def needed(self, min_workers: int) -> int:
+        """`min_workers` less those that ended by finishing, at least 1; death does not lower it."""
+        return max(1, min_workers - sum(m.done for m in self.all()))
+
+    def step_beside(self, joiner: Member, least: int) -> int:
+        """The run's current inner step, for a worker that joins: that of the furthest of the others who train, else as
+        far as anybody is known to have come, at least this."""
+        training = [m.step for m in self.in_state(MemberState.READY) if m is not joiner]
+        return max(training or [least, *(m.step for m in self.all())])
+
     def hello(self, worker_id: str, generation: int, now: float) -> Member:
         """Admit a worker, or take up the session of one that lost its connection.
 

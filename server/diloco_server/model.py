@@ -8,10 +8,12 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from diloco_proto import outer_pb2 as pb
+from diloco_proto.errors import UnsupportedModel
 from diloco_proto.manifest import Manifest, Role, build_layout
 
 from .checkpoint import InitialParameters
 from .config import RunConfig
+from .footprint import check_fits
 from .parameters import Parameters, Seed, Update
 from .pushes import Pushes, Ticket
 from .round import Close, Contribution, RoundRecord, Stage
@@ -84,6 +86,17 @@ class Model:
         )
         self.pushes = Pushes(self.layout, config.uplink)
         self._tokens = [0] * self.layout.num_scheduled
+
+    @classmethod
+    def fitting(cls, config: RunConfig, manifest: Manifest, init: InitialParameters | None) -> Model:
+        """Also raises UnsupportedModel for one that this machine's memory cannot hold."""
+        needed = 12 * sum(t.numel for t in manifest.tensors)
+        try:
+            check_fits(needed)
+            return cls(config, manifest, init)
+        except MemoryError as error:
+            gib = min(needed, 1 << 99) / (1 << 30)
+            raise UnsupportedModel(f"this server has not the {gib:.3g} GiB of memory that the model needs") from error
 
     def _weights(self, role: Role) -> Weights:
         limit = self._config.max_outer_grad_norm if role is Role.TRAINED else 0.0

@@ -12,14 +12,13 @@ from collections.abc import Iterable
 from concurrent.futures import Executor
 
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.errors import InvalidContribution, NotReady, UnsupportedModel
+from diloco_proto.errors import NotReady
 from diloco_proto.manifest import Layout, Manifest
 from diloco_proto.wire import manifest_from_pb
 
 from . import admission, keeping
 from .checkpoint import InitialParameters
 from .config import RunConfig
-from .footprint import check_fits
 from .logs import plain
 from .members import Member, Members, MemberState
 from .model import Committed, Model
@@ -117,11 +116,7 @@ class Run:
 
     def check_readable(self, fragment: int) -> None:
         """Raises NotReady or InvalidContribution unless the fragment can be pulled."""
-        count = len(self.layout.fragments)
-        if not self.seeded:
-            raise NotReady("the run has no parameters yet")
-        if fragment >= count:
-            raise InvalidContribution(f"asked for fragment {fragment}; this run has {count}")
+        admission.check_readable(self.layout, fragment, seeded=self.seeded)
 
     # -- membership --
 
@@ -160,14 +155,7 @@ class Run:
         current = self._model
         if current is not None and (self.seeded or self.members.live() or current.manifest == manifest):
             return current
-        needed = 12 * sum(t.numel for t in manifest.tensors)
-        try:
-            check_fits(needed)
-            self._model = Model(self.config, manifest, self._init)
-        except MemoryError as error:
-            gib = min(needed, 1 << 99) / (1 << 30)
-            raise UnsupportedModel(f"this server has not the {gib:.3g} GiB of memory that the model needs") from error
-        self._init = None
+        self._model, self._init = Model.fitting(self.config, manifest, self._init), None
         return self._model
 
     def _appoint_seeder(self, arrived: Member | None = None) -> None:
@@ -214,13 +202,15 @@ class Run:
         if self.stopped:
             self.news.stop(member, self.stopped)
         if self.opened:
-            member.start_step = self._step(member)
+            # Versions of an asynchronous run are no rounds.
+            rounds = 0 if self.config.asynchronous else self.model.complete_rounds
+            member.start_step = self.members.step_beside(member, rounds * self.config.sync_every)
             self.news.opened(member, member.start_step)
             self.rounds.await_too(member.worker_id)
             self.rounds.tell_again()
             return
         ready = self.members.in_state(MemberState.READY)
-        if len(ready) < self._needed():
+        if len(ready) < self.members.needed(self.config.min_workers):
             self._tell_waiting(ready)
             return
         self.open(now)
@@ -240,21 +230,12 @@ class Run:
 
     def _tell_waiting(self, members: Iterable[Member]) -> None:
         """Tell these workers that no round closes until more have joined."""
-        ready, needed = len(self.members.in_state(MemberState.READY)), self._needed()
+        ready, needed = len(self.members.in_state(MemberState.READY)), self.members.needed(self.config.min_workers)
         if ready < needed:
             log.warning("%d of %d workers are here: no round closes until more have joined", ready, needed)
         else:
             log.info("a round has fewer than its %d contributions: those in it train on without waiting", needed)
         self.news.waiting(members, ready, needed)
-
-    def _step(self, joiner: Member) -> int:
-        """The run's current inner step, for a worker that joins: that of the furthest of the others who train, else as
-        far as anybody is known to have come."""
-        training = [m.step for m in self.members.in_state(MemberState.READY) if m is not joiner]
-        known = [m.step for m in self.members.all()]
-        if not self.config.asynchronous:  # there versions are no rounds
-            known.append(self.model.complete_rounds * self.config.sync_every)
-        return max(training or known)
 
     def finishing(self, member: Member, now: float) -> None:
         self._set_state(member, MemberState.FINISHING, now)
@@ -300,18 +281,13 @@ class Run:
         if self._model is not None:
             self._model.rounds.no_longer_expected(member.worker_id, now)
 
-    def _needed(self) -> int:
-        """`min_workers` less those that ended by finishing, at least 1; death does not lower it."""
-        return max(1, self.config.min_workers - sum(m.done for m in self.members.all()))
-
     def _set_floor(self) -> None:
         """The floor of a round: when nobody but finishing workers is left their last contributions count, however
         few. An asynchronous round needs one."""
-        live = self.members.live()
-        ending = bool(live) and all(m.state in (MemberState.FINISHING, MemberState.FINISHED) for m in live)
         if self._model is not None:
-            self._model.rounds.floor = 1 if ending or self.config.asynchronous else self._needed()
-            self._model.rounds.staleness_limit = self.config.staleness_limit(len(live))
+            one = self.members.all_end or self.config.asynchronous
+            self._model.rounds.floor = 1 if one else self.members.needed(self.config.min_workers)
+            self._model.rounds.staleness_limit = self.config.staleness_limit(len(self.members.live()))
 
     # -- pushes --
 

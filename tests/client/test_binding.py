@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from diloco_client.binding import Binding, HostCopy, non_finite
+from diloco_client.binding import Binding, non_finite
 from diloco_client.captured import Captured, InPlace
 from diloco_client.flights import Base, Flight
+from diloco_client.host import HostCopy
 from diloco_proto.codec import Format, UnencodableValue, decode_fragment, encode_fragment
 from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import MasterWeights, NonFiniteParameter, UnsupportedModel

@@ -10,12 +10,13 @@ import pytest
 
 from diloco_client.flights import Flights
 from diloco_client.replica import Replica
-from diloco_proto.codec import decode_fragment, digest
+from diloco_proto.codec import BLOCK, Encoded, decode_fragment, digest
 from diloco_proto.errors import InvalidContribution
 from diloco_proto.manifest import Manifest
 from diloco_server import parameters, weights
 from diloco_server.config import RunConfig
 from diloco_server.members import Members
+from diloco_server.outer import FragmentState
 from diloco_server.patience import Patience
 from diloco_server.pushes import Pushes
 from diloco_server.round import Stage
@@ -24,6 +25,7 @@ from diloco_server.run import Run
 from diloco_server.weights import Weights
 
 Patch = Callable[[pytest.MonkeyPatch], None]
+Take = Callable[[int, Encoded], None]
 
 
 @dataclass(frozen=True)
@@ -153,16 +155,28 @@ def joiner_is_awaited(patch: pytest.MonkeyPatch) -> None:
 
 
 def unquantized(patch: pytest.MonkeyPatch) -> None:
-    original = parameters.commit
+    original = parameters.commit_frames
 
-    def commit(state: object, *args: object, **options: object) -> object:
-        before = state.theta.copy()
-        update = original(state, *args, **options)
-        state.theta[:] = before - (decode_fragment(update) + state.residual)
+    def commit_frames(
+        state: FragmentState,
+        given: object,
+        weights: object,
+        settings: object,
+        take: Take,
+        *args: object,
+        **options: object,
+    ) -> None:
+        before, sent = state.theta.copy(), np.zeros_like(state.theta)
+
+        def also(first: int, part: Encoded) -> None:
+            sent[first * BLOCK : (first + part.num_blocks) * BLOCK] = decode_fragment(part)
+            take(first, part)
+
+        original(state, given, weights, settings, also, *args, **options)
+        state.theta[:] = before - (sent + state.residual)
         state.digest = digest(state.theta)
-        return update
 
-    patch.setattr(parameters, "commit", commit)
+    patch.setattr(parameters, "commit_frames", commit_frames)
 
 
 def excuse_into_the_future(patch: pytest.MonkeyPatch) -> None:
