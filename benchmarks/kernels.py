@@ -18,7 +18,7 @@ caches), measured in the same run and interleaved with it, by the bytes that the
 for each format F. Times are those that the process computed, over the number of threads, so that other work on the
 machine counts less; each figure is that of the fastest of the repeats, of memcpy as of the kernel. Writing also reads
 the lines to be written, which memcpy avoids with streaming stores for large arrays on some machines and not on others;
-the fractions do not correct for that. `copy_gb_s`, of copies of 1 MiB one after the other, shows how much that is.
+the fractions do not correct for that. A second table has the same work against copies of 1 MiB one after the other.
 
 With --json the last line is one JSON object:
 
@@ -27,7 +27,7 @@ With --json the last line is one JSON object:
     apply_F                         likewise
     commit4_F, commit16_F           at least 0.7 is wanted
     least_codec, least_commit       the least of encode and decode; of the commits of formats that have scales
-    memcpy_gb_s, copy_gb_s          of all threads together
+    memcpy_gb_s, copy_gb_s          of all threads together; of copies of 1 MiB, the latter
     threads                         that were used
     compile_seconds, load_seconds   what a process computes until the kernels of the default formats are compiled in an
                                     empty cache, at most 5 is wanted, and until they are loaded from it
@@ -216,10 +216,16 @@ def compile_times() -> dict[str, float]:
 def show(found: dict[str, float], times: dict[str, float], threads: int) -> None:
     console = Console(width=100)
     names = list(dict.fromkeys(key.partition("_")[0] for key in times))
-    for title, values, digits in (("of memcpy", found, 2), ("ns a parameter", times, 2)):
-        table = Table("kernel", *names, title=f"{title}; memcpy {found['memcpy_gb_s']} GB/s, threads: {threads}")
+    memcpy, copy = found["memcpy_gb_s"], found["copy_gb_s"]
+    ordinary = {key: found[key] * memcpy / copy for key in times}
+    for title, values in (
+        (f"of memcpy, {memcpy} GB/s", found),
+        (f"of copies of 1 MiB, {copy} GB/s", ordinary),
+        ("ns a parameter", times),
+    ):
+        table = Table("kernel", *names, title=f"{title}; threads: {threads}")
         for fmt in Format:
-            table.add_row(fmt.label, *(f"{values[f'{name}_{fmt.label}']:.{digits}f}" for name in names))
+            table.add_row(fmt.label, *(f"{values[f'{name}_{fmt.label}']:.2f}" for name in names))
         console.print(table)
     console.print(
         f"compilation: {found['compile_seconds']} s, of all formats {found['compile_all_seconds']} s; "

@@ -114,23 +114,16 @@ class _Global:
     def snapshot_bytes(self) -> int:
         return self.fragment.num_blocks * Format.FP32.spec.code_bytes
 
-    def make_room(self, share: float) -> None:
-        """For an update that is about to be made: drop what would be dropped for it, were it as large as the last."""
-        if self.updates:
-            self._drop(share, 1, self.updates[-1].nbytes)
+    def make_room(self, share: float, nbytes: int) -> None:
+        """For an update of that size: of the older ones those stay that together with it have less than this share of a
+        snapshot."""
+        while len(self.updates) >= KEPT_UPDATES and self.updates_bytes + nbytes >= share * self.snapshot_bytes:
+            self.updates_bytes -= self.updates.popleft().nbytes
 
     def keep(self, update: Update, share: float) -> None:
-        """Keep it, and of the older ones those that together with it stay under this share of a snapshot."""
+        self.make_room(share, update.nbytes)
         self.updates.append(update)
         self.updates_bytes += update.nbytes
-        self._drop(share)
-
-    def _drop(self, share: float, more: int = 0, more_bytes: int = 0) -> None:
-        """The oldest, as long as there are too many, with so many more of so many bytes."""
-        while (
-            len(self.updates) + more > KEPT_UPDATES and self.updates_bytes + more_bytes >= share * self.snapshot_bytes
-        ):
-            self.updates_bytes -= self.updates.popleft().nbytes
 
 
 class Parameters:
@@ -180,8 +173,9 @@ class Parameters:
         return target.state
 
     def make_room(self, fragment: int) -> None:
-        """For the update of a commit that is about to begin: so that it and what it replaces are not both in memory."""
-        self._globals[fragment].make_room(self._kept_share)
+        """For the update of a commit that is about to begin, which is expected to be as large as the last: what it
+        replaces goes before, so that they are not both in memory."""
+        self._globals[fragment].make_room(self._kept_share, self.last_update_bytes(fragment))
 
     def commit(
         self,
