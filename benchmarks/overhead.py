@@ -1,7 +1,7 @@
 """What the hook costs a training step: against the bare loop in the same process, and where the time goes.
 
     python benchmarks/overhead.py [--layers 7] [--width 512] [--sync-every 100] [--fragments 4] [--overlap 2]
-                                  [--periods 2] [--threads N] [--device cpu|cuda] [--json]
+                                  [--periods 5] [--threads N] [--device cpu|cuda] [--json]
 
 A transformer of 25 M parameters on the CPU, AdamW, a batch of 64 tokens; the server is a process of
 its own on this machine, and there is one worker. Training has all cores but one, which stands for the processor beside
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--sync-every", type=int, default=100)
     parser.add_argument("--fragments", type=int, default=4)
     parser.add_argument("--overlap", type=int, default=2)
-    parser.add_argument("--periods", type=int, default=2)
+    parser.add_argument("--periods", type=int, default=5)
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="of the training")
     parser.add_argument("--millions", type=float, default=100, help="of parameters, on a GPU")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")

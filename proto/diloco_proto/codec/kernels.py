@@ -9,11 +9,10 @@ zero. On others (see `validate`) the operations do not fail, but what they compu
 
 The loops are C functions of addresses in `uniform`, `minifloat`, `twobit` and `plain`, one `Loops` a format:
 
-- encode(x, scales, codes, blocks, tie, shift) returns the first block with a refused value, or -1. The blocks
-  before it have been encoded.
+- encode(x, scales, codes, blocks, tie, shift) returns the first block with a refused value, or -1.
 - accumulate(scales, codes, blocks, weight, acc): acc += weight*decoded.
 - feedback(u, scales, codes, residual, theta, blocks, tie, shift) encodes u, and then residual = u - decoded,
-  theta -= decoded. Returns as encode does.
+  theta -= decoded. Returns as encode does; the blocks before a refused one have been dealt with.
 """
 
 from __future__ import annotations

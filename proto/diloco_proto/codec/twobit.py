@@ -49,6 +49,8 @@ from diloco_proto.codec.pieces import (
 )
 
 ABOVE_ALL: Final = i32(255 << 23)
+GROUP: Final = 4
+"""Blocks of which int2 finds the scales before the codes."""
 INT2_TIE: Final = i32(0x080000)
 """Mantissa of 17/16."""
 TERNARY_TIE: Final = i32(0x600000)
@@ -145,25 +147,29 @@ def four(a: np.int32, b: np.int32, c: np.int32, d: np.int32) -> np.int32:
 
 @kernel(*ENCODE)
 def encode_int2(x_at: int, scales_at: int, codes_at: int, blocks: int, tie: np.int32, shift: np.int32) -> int:
-    """int2."""
-    bits = carray(pointer(x_at), blocks * 64, i32)
+    """int2. The scales of a few blocks are found first, for each takes long: else the codes would wait for it."""
     scales = carray(pointer(scales_at), blocks, u8)
-    codes = carray(pointer(codes_at), blocks * 16, u8)
-    for b in range(blocks):
-        o, p = b * 64, b * 16
-        top = block_peak(bits, o)
-        if top >= REFUSED:
-            return b
-        scale = int2_scale(top, block_mean(x_at, o))
-        unit, floor = int2_unit(scale), int2_floor(scale)
-        scales[b] = scale
-        for j in range(16):
-            codes[p + j] = four(
-                int2_code(bits[o + j], unit, floor),
-                int2_code(bits[o + j + 16], unit, floor),
-                int2_code(bits[o + j + 32], unit, floor),
-                int2_code(bits[o + j + 48], unit, floor),
-            )
+    for first in range(0, blocks, GROUP):
+        some = min(GROUP, blocks - first)
+        for k in range(some):
+            b = first + k
+            top = block_peak(carray(pointer(x_at + b * 256), 64, i32), 0)
+            if top >= REFUSED:
+                return b
+            scales[b] = int2_scale(top, block_mean(x_at, b * 64))
+        for k in range(some):
+            b = first + k
+            bits = carray(pointer(x_at + b * 256), 64, i32)
+            codes = carray(pointer(codes_at + b * 16), 16, u8)
+            scale = i32(scales[b])
+            unit, floor = int2_unit(scale), int2_floor(scale)
+            for j in range(16):
+                codes[j] = four(
+                    int2_code(bits[j], unit, floor),
+                    int2_code(bits[j + 16], unit, floor),
+                    int2_code(bits[j + 32], unit, floor),
+                    int2_code(bits[j + 48], unit, floor),
+                )
     return -1
 
 
