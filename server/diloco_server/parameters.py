@@ -106,6 +106,8 @@ class _Global:
     updates: deque[Update] = field(default_factory=deque)
     """The newest, up to `version`."""
     updates_bytes: int = 0
+    last_update_bytes: int = 0
+    """Also after it is gone."""
     snapshot: Snapshot | None = None
     """Of the current version, if somebody reads it."""
     old_snapshot: Snapshot | None = None
@@ -124,6 +126,7 @@ class _Global:
         self.make_room(share, update.nbytes)
         self.updates.append(update)
         self.updates_bytes += update.nbytes
+        self.last_update_bytes = update.nbytes
 
 
 class Parameters:
@@ -149,8 +152,7 @@ class Parameters:
         return [pb.FragmentVersion(fragment=i, version=g.version, digest=g.digest) for i, g in enumerate(self._globals)]
 
     def last_update_bytes(self, fragment: int) -> int:
-        updates = self._globals[fragment].updates
-        return updates[-1].nbytes if updates else 0
+        return self._globals[fragment].last_update_bytes
 
     def seed(self, fragment: int, seed: Seed) -> None:
         """theta becomes version 0."""
@@ -175,7 +177,8 @@ class Parameters:
     def make_room(self, fragment: int) -> None:
         """For the update of a commit that is about to begin, which is expected to be as large as the last: what it
         replaces goes before, so that they are not both in memory."""
-        self._globals[fragment].make_room(self._kept_share, self.last_update_bytes(fragment))
+        target = self._globals[fragment]
+        target.make_room(self._kept_share, target.last_update_bytes)
 
     def commit(
         self,

@@ -191,6 +191,7 @@ def test_what_an_update_will_replace_makes_room_for_it() -> None:
         step(parameters, 1, 1 << 16)
         parameters.make_room(0)
     assert large.updates_since(0, 1) is None
+    assert large.last_update_bytes(0) > small.last_update_bytes(0) > 0, "status and metrics still tell of it"
     assert len(small.updates_since(0, 1) or []) == 1, "both will be kept"
     for parameters in (large, small):
         step(parameters, 2, 1 << 16)
