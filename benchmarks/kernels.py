@@ -48,6 +48,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from common.steps import placing
 from rich.console import Console
 from rich.table import Table
 
@@ -62,7 +63,7 @@ from diloco_proto.codec import (
     encode_fragment,
     subtract_into,
 )
-from diloco_server.outer import FragmentState, OuterSettings, commit_frames
+from diloco_server.outer import FragmentState, OuterSettings, commit
 
 UPLINK_ONLY = (Format.INT2, Format.TERNARY)
 MOST = 16
@@ -128,11 +129,8 @@ class Bench:
 
     def _commit(self, count: int) -> None:
         settings = OuterSettings(optimizer="nesterov", lr=0.7, momentum=0.9, downlink=self.downlink)
-        commit_frames(self.state, self.contributions[:count], [1.0] * count, settings, self._take, self.pool)
-
-    def _take(self, first: int, frame: Encoded) -> None:
-        here = self.update.part(first, first + frame.num_blocks)
-        here.scales[:], here.codes[:] = frame.scales, frame.codes
+        step = (self.state, self.contributions[:count], [1.0] * count, settings, placing(self.update), self.pool)
+        commit(*step, blocks=self.downlink.spec.frame_blocks)
 
     def _encode(self, first: int, end: int) -> None:
         to = self.target.part(first, end)

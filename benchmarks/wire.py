@@ -37,6 +37,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from common.steps import commit
 from comparison.trainer import Texts, build, learning_rate, train_step
 from numpy.typing import NDArray
 from rich.console import Console
@@ -54,7 +55,7 @@ from diloco_proto.codec import (
 )
 from diloco_proto.codec.formats import Floats
 from diloco_server.config import DOWNLINK
-from diloco_server.outer import FragmentState, OuterSettings, commit
+from diloco_server.outer import FragmentState, OuterSettings
 
 WORKERS = 4
 WITH_FEEDBACK = (Format.INT2, Format.TERNARY)

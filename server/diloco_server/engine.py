@@ -174,7 +174,6 @@ class Engine:
             async with self.fragment_lock(close.fragment):
                 began = self.clock()
                 self.run.parameters.reader_speed = self.reader_speeds.slowest
-                self.run.parameters.make_room(close.fragment)
                 committed = await loop.run_in_executor(self.threads, self.run.commit, close, self.threads)
                 self.keeper.reach("before_publish")
                 self.run.publish(committed, self.clock())

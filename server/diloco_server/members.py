@@ -106,9 +106,10 @@ class Member:
 class Members:
     """All workers, the last of those that are gone included, in the order of their first hello."""
 
-    def __init__(self, lease_seconds: float, shards: int = 1) -> None:
+    def __init__(self, lease_seconds: float, min_workers: int = 1) -> None:
         self.lease_seconds = lease_seconds
-        self.shards = shards
+        self._min_workers = min_workers
+        self.shards = min_workers
         """How many shares the data is dealt out to: grows when there are more live workers, never shrinks."""
         self._by_id: dict[str, Member] = {}
 
@@ -127,9 +128,10 @@ class Members:
         states = {m.state for m in self.live()}
         return bool(states) and states <= {MemberState.FINISHING, MemberState.FINISHED}
 
-    def needed(self, min_workers: int) -> int:
+    @property
+    def needed(self) -> int:
         """`min_workers` less those that ended by finishing, at least 1; death does not lower it."""
-        return max(1, min_workers - sum(m.done for m in self.all()))
+        return max(1, self._min_workers - sum(m.done for m in self.all()))
 
     def step_beside(self, joiner: Member, least: int) -> int:
         """The run's current inner step, for a worker that joins: that of the furthest of the others who train, else as

@@ -141,39 +141,17 @@ def commit(
     contributions: Sequence[Encoded],
     weights: Sequence[float],
     settings: OuterSettings,
-    threads: Executor | None = None,
-    *,
-    scales: Sequence[float] | None = None,
-    delay: int = 1,
-) -> Encoded:
-    """One outer step, as by `commit_frames`; returns the whole update."""
-    update = kernels.empty_encoded(settings.downlink, state.theta.size // BLOCK)
-
-    def take(first: int, frame: Encoded) -> None:
-        here = update.part(first, first + frame.num_blocks)
-        here.scales[:], here.codes[:] = frame.scales, frame.codes
-
-    commit_frames(state, contributions, weights, settings, take, threads, scales=scales, delay=delay)
-    return update
-
-
-def commit_frames(
-    state: FragmentState,
-    contributions: Sequence[Encoded],
-    weights: Sequence[float],
-    settings: OuterSettings,
     take: Callable[[int, Encoded], None],
     threads: Executor | None = None,
     *,
+    blocks: int,
     scales: Sequence[float] | None = None,
     delay: int = 1,
-    blocks: int | None = None,
 ) -> None:
     """One outer step on the weighted mean of the contributions.
 
-    take(first block, part) gets the update, already subtracted from theta: `blocks` blocks at a time, by default as
-    many as a frame has, while they are in the cache; from all threads, in any order. The new theta's digest is in the
-    state.
+    take(first block, part) gets the update, already subtracted from theta: `blocks` blocks at a time, while they are in
+    the cache; from all threads, in any order. The new theta's digest is in the state.
 
     Contributions cover the fragment, are legal (`codec.validate`, as every frame read is) and may be in
     different formats. Their order matters to the last bit: the caller sorts them. Weights are >= 0 and not all
@@ -187,7 +165,7 @@ def commit_frames(
     the state or of the update NaN, infinite or of magnitude 2^126 or more; its index is that of the first such
     value. How it knows: bounds of the magnitudes in the state are carried from step to step, and the
     contributions' come from their scales, at next to no cost. Only when these leave the possibility of an
-    overflow, which takes contributions near 2^100, the step is first rehearsed on copies of a frame at a time.
+    overflow, which takes contributions near 2^100, the step is first rehearsed on copies of so many blocks.
     """
     delayed = settings.optimizer == DELAYED
     assert delay >= 1
@@ -195,7 +173,7 @@ def commit_frames(
     window = state.window if state.buffered else delay
     last = not delayed or state.buffered + 1 >= window
     shares = coefficients(weights, scales, float(window) if delayed else None)
-    step = _Step(state, contributions, shares, settings, last, blocks or settings.downlink.spec.frame_blocks)
+    step = _Step(state, contributions, shares, settings, last, blocks)
     bounds = (state.bounds or state.measure()).after(*step.magnitudes)
     if not bounds.safe():
         bounds = state.measure().after(*step.magnitudes)

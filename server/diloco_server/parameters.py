@@ -17,7 +17,7 @@ from diloco_proto.frame_messages import frame_message
 from diloco_proto.manifest import Fragment, Layout, Role
 from diloco_proto.wire import codec_to_pb
 
-from .outer import DELAYED, FragmentState, OuterSettings, commit_frames, spread
+from .outer import DELAYED, FragmentState, OuterSettings, commit
 
 KEPT_UPDATES = 1
 """Published updates of a fragment that are kept in memory whatever their size; who is further behind than the
@@ -175,8 +175,8 @@ class Parameters:
         return target.state
 
     def make_room(self, fragment: int) -> None:
-        """For the update of a commit that is about to begin, which is expected to be as large as the last: what it
-        replaces goes before, so that they are not both in memory."""
+        """For the update of a round that is decided, which is expected to be as large as the last: what it replaces
+        goes before it is made, so that they are not both in memory."""
         target = self._globals[fragment]
         target.make_room(self._kept_share, target.last_update_bytes)
 
@@ -205,13 +205,16 @@ class Parameters:
         messages = _Messages(target.fragment, fmt, worth_level(fmt, self.reader_speed))
         counted, value = True, target.digest
         try:
-            commit_frames(
-                *(target.state, payloads, weights, target.settings, messages.take, threads), scales=scales, delay=delay
+            commit(
+                *(target.state, payloads, weights, target.settings, messages.take, threads),
+                blocks=fmt.spec.frame_blocks,
+                scales=scales,
+                delay=delay,
             )
             value = target.state.digest
         except UnencodableValue:
             counted = False
-            messages.take_zeros(threads)
+            messages.take_zeros()
         item = pb.Item(
             kind=pb.ITEM_UPDATE,
             version=target.version + 1,
@@ -320,16 +323,13 @@ class _Messages:
         (packed,) = pack(frame, first, self._level)
         self.made[first // self._format.spec.frame_blocks] = frame_message(packed)
 
-    def take_zeros(self, threads: Executor | None) -> None:
+    def take_zeros(self) -> None:
         """An update that changes nothing."""
         spec = self._format.spec
-
-        def take(first: int) -> None:
+        for first in range(0, self._blocks, spec.frame_blocks):
             count = min(spec.frame_blocks, self._blocks - first)
             zeros = (np.zeros(count * width, np.uint8) for width in (spec.scale_bytes, spec.code_bytes))
             self.take(first, Encoded(self._format, *zeros))
-
-        spread(take, range(0, self._blocks, spec.frame_blocks), threads)
 
 
 def _empty_state(fragment: Fragment, settings: OuterSettings) -> FragmentState:

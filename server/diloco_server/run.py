@@ -40,7 +40,7 @@ class Run:
     def __init__(self, config: RunConfig, init: InitialParameters | None = None, run_id: str = "") -> None:
         self.config = config
         self.run_id = run_id or secrets.token_hex(8)
-        self.members = Members(config.lease_seconds, shards=config.min_workers)
+        self.members = Members(config.lease_seconds, config.min_workers)
         self.news = News(self.members)
         self.records: list[disk.Record] = []
         self.opened = False
@@ -210,7 +210,7 @@ class Run:
             self.rounds.tell_again()
             return
         ready = self.members.in_state(MemberState.READY)
-        if len(ready) < self.members.needed(self.config.min_workers):
+        if len(ready) < self.members.needed:
             self._tell_waiting(ready)
             return
         self.open(now)
@@ -230,7 +230,7 @@ class Run:
 
     def _tell_waiting(self, members: Iterable[Member]) -> None:
         """Tell these workers that no round closes until more have joined."""
-        ready, needed = len(self.members.in_state(MemberState.READY)), self.members.needed(self.config.min_workers)
+        ready, needed = len(self.members.in_state(MemberState.READY)), self.members.needed
         if ready < needed:
             log.warning("%d of %d workers are here: no round closes until more have joined", ready, needed)
         else:
@@ -286,7 +286,7 @@ class Run:
         few. An asynchronous round needs one."""
         if self._model is not None:
             one = self.members.all_end or self.config.asynchronous
-            self._model.rounds.floor = 1 if one else self.members.needed(self.config.min_workers)
+            self._model.rounds.floor = 1 if one else self.members.needed
             self._model.rounds.staleness_limit = self.config.staleness_limit(len(self.members.live()))
 
     # -- pushes --
@@ -366,6 +366,8 @@ class Run:
             self._tell_waiting([m for m in self.members.live() if m.worker_id in waiting])
         closes = self._model.rounds.due(now, self.config.buffered(len(self.members.live())))
         self.records += [keeping.closed(close) for close in closes]
+        for close in closes:
+            self.parameters.make_room(close.fragment)
         return closes
 
     def commit(self, close: Close, threads: Executor | None = None) -> Committed:

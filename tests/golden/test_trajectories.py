@@ -16,6 +16,7 @@ import pytest
 import torch
 from make_trajectories import CASES, PATH
 from plain_diloco import INNER_LR, START, Settings, target
+from whole_update import commit
 
 import diloco_client
 from diloco_cli.simulate.clock import Clock
@@ -25,7 +26,7 @@ from diloco_cli.simulate.worker import VirtualWorker
 from diloco_proto.codec import Encoded, Format, encode_fragment
 from diloco_proto.manifest import Manifest, Role, TensorSpec
 from diloco_server import RunConfig, serve
-from diloco_server.outer import DELAYED, FragmentState, OuterSettings, commit
+from diloco_server.outer import DELAYED, FragmentState, OuterSettings
 
 GOLDEN = json.loads(PATH.read_text())["cases"]
 

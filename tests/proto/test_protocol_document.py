@@ -25,6 +25,7 @@ from make_vectors import (
     state,
     vectors,
 )
+from whole_update import commit
 
 from diloco_cli.simulate.toy import Copy
 from diloco_client import pulling, pushing, session
@@ -288,7 +289,7 @@ def test_the_server_makes_the_outer_step() -> None:
     theta, momentum, residual = state()
     fragment = outer.FragmentState(theta, momentum, residual)
     settings = outer.OuterSettings(optimizer="nesterov", lr=0.7, momentum=0.9, downlink=Format.INT4)
-    update: Encoded = outer.commit(fragment, contributions(), TOKENS, settings)
+    update: Encoded = commit(fragment, contributions(), TOKENS, settings)
     assert update.scales.tobytes().hex() == expected["scales"]
     assert update.codes.tobytes().hex() == expected["codes"]
     assert words(theta) == expected["theta"]
@@ -305,7 +306,7 @@ def test_the_server_makes_the_delayed_steps() -> None:
     for name, contribution, weight, delay in zip(
         ("push", "step"), contributions(), DELAYED_WEIGHTS, (2, 5), strict=True
     ):
-        update = outer.commit(fragment, [contribution], [weight], settings, delay=delay)
+        update = commit(fragment, [contribution], [weight], settings, delay=delay)
         expected = VECTORS["outer"]["delayed"][name]
         assert update.scales.tobytes().hex() == expected["scales"]
         assert update.codes.tobytes().hex() == expected["codes"]

@@ -12,13 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
+from whole_update import commit
 
 from diloco_proto.codec import BLOCK, Encoded, Format, UnencodableValue, digest, encode_fragment, reference
 from diloco_proto.codec.formats import Floats
 from diloco_server import outer
 from diloco_server.config import DOWNLINK
 from diloco_server.fused import STEP
-from diloco_server.outer import DELAYED, FragmentState, OuterSettings, coefficients, commit, commit_frames
+from diloco_server.outer import DELAYED, FragmentState, OuterSettings, coefficients
 
 OPTIMIZERS = ("nesterov", "sgd", DELAYED)
 MEANS = ("nesterov", "sgd")
@@ -168,33 +169,26 @@ def test_threads_and_cuts_do_not_matter(optimizer: str, pool: ThreadPoolExecutor
     for blocks, threads in ((None, None), (None, pool), (7, pool), (64, None), (129, pool), (500, pool)):
         state, chosen = fresh(n, optimizer), settings(optimizer, Format.INT3)
         for each in [[c] for c in contributions] if optimizer == DELAYED else [contributions]:
-            taken: dict[int, Encoded] = {}
-            weights = [1.0, 2.0][: len(each)]
-            commit_frames(state, each, weights, chosen, taken.__setitem__, threads, delay=2, blocks=blocks)
-        update = [taken[first] for first in sorted(taken)]
-        assert sorted(taken) == list(range(0, 1000, blocks or 1000))
-        scales, codes = (b"".join(getattr(part, name).tobytes() for part in update) for name in ("scales", "codes"))
-        results.add((scales, codes, *contents(state)))
+            update = commit(state, each, [1.0, 2.0][: len(each)], chosen, threads, delay=2, blocks=blocks)
+        results.add((update.scales.tobytes(), update.codes.tobytes(), *contents(state)))
     assert len(results) == 1
 
 
-def test_the_update_comes_in_frames() -> None:
-    frame = Format.FP32.spec.frame_blocks
-    n = BLOCK * (2 * frame + 3)
-    state, whole = fresh(n), fresh(n)
-    contribution, taken = encode_fragment(Format.INT4, values(n, 1)[0]), {}
-    commit_frames(state, [contribution], [1.0], settings(), taken.__setitem__)
+def test_the_update_comes_in_parts() -> None:
+    state, whole = fresh(BLOCK * 11), fresh(BLOCK * 11)
+    contribution, taken = encode_fragment(Format.INT4, values(BLOCK * 11, 1)[0]), {}
+    outer.commit(state, [contribution], [1.0], settings(), taken.__setitem__, blocks=4)
     update = commit(whole, [contribution], [1.0], settings())
-    assert {first: part.num_blocks for first, part in taken.items()} == {0: frame, frame: frame, 2 * frame: 3}
+    assert {first: part.num_blocks for first, part in taken.items()} == {0: 4, 4: 4, 8: 3}
     assert b"".join(taken[first].codes.tobytes() for first in sorted(taken)) == update.codes.tobytes()
 
 
 def test_a_thread_of_the_pool_may_commit_with_the_pool() -> None:
-    n = BLOCK * Format.FP32.spec.frame_blocks * 4
+    n = BLOCK * 200
     contribution = encode_fragment(Format.INT4, values(n, 1)[0])
     with ThreadPoolExecutor(1) as single:
         state, alone = fresh(n), fresh(n)
-        single.submit(commit, state, [contribution], [1.0], settings(), single).result(timeout=30)
+        single.submit(commit, state, [contribution], [1.0], settings(), single, blocks=8).result(timeout=30)
     commit(alone, [contribution], [1.0], settings())
     assert contents(state) == contents(alone)
 
@@ -260,9 +254,8 @@ def test_an_overflow_leaves_the_state_alone(optimizer: str, before: int, downlin
     oracle, was = state.copy(), contents(state)
     taken: dict[int, Encoded] = {}
     with pytest.raises(UnencodableValue) as error:
-        commit_frames(
-            *(state, [huge(n, at, 2.0**125)], [1.0], chosen, taken.__setitem__), delay=3, blocks=128
-        )  # in its third range
+        # in its third range
+        outer.commit(state, [huge(n, at, 2.0**125)], [1.0], chosen, taken.__setitem__, delay=3, blocks=128)
     assert error.value.index == at
     assert contents(state) == was
     assert not taken

@@ -113,6 +113,20 @@ def test_what_was_half_received_is_dropped_when_its_round_is_over() -> None:
     assert sim.theta() == -1.0
 
 
+def test_the_last_update_goes_when_the_round_of_the_next_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sim, values = Sim().enter("a", "b"), flat(np.random.default_rng(0).standard_normal(128))
+    for worker in "ab":
+        sim.push(worker, values)
+    monkeypatch.setattr(sim, "settle", lambda: None)
+    for worker in "ab":
+        sim.push(worker, values, base_version=1)
+        assert [u.version for u in sim.run.parameters.updates_since(0, 0) or ()] == [1]
+    (close,) = sim.run.due(sim.now)
+    assert sim.run.parameters.updates_since(0, 0) is None
+    sim.run.publish(sim.run.commit(close), sim.now)
+    assert [u.version for u in sim.run.parameters.updates_since(0, 1) or ()] == [2]
+
+
 def test_what_was_never_completed_is_not_kept() -> None:
     sim = Sim()
 

@@ -155,9 +155,9 @@ def joiner_is_awaited(patch: pytest.MonkeyPatch) -> None:
 
 
 def unquantized(patch: pytest.MonkeyPatch) -> None:
-    original = parameters.commit_frames
+    original = parameters.commit
 
-    def commit_frames(
+    def commit(
         state: FragmentState,
         given: object,
         weights: object,
@@ -176,7 +176,7 @@ def unquantized(patch: pytest.MonkeyPatch) -> None:
         state.theta[:] = before - (sent + state.residual)
         state.digest = digest(state.theta)
 
-    patch.setattr(parameters, "commit_frames", commit_frames)
+    patch.setattr(parameters, "commit", commit)
 
 
 def excuse_into_the_future(patch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,6 @@ class VirtualServer:
 
     def _begin_commit(self, close: Close) -> None:
         gate = self.gate
-        self.run.parameters.make_room(close.fragment)
         self._clock.after(self._commit_seconds(), lambda: gate(lambda: self._commit(close)))
 
     def _commit(self, close: Close) -> None:
