@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 from raw_worker import RawWorker, manifest_of
 
 from diloco_client.connect import Connector
+from diloco_client.landing import PulledItem, Target
 from diloco_client.transport import Transport
 from diloco_proto import outer_pb2 as pb
-from diloco_proto.codec import BLOCK, Encoded, Format, encode_fragment, pack_frames
+from diloco_proto.codec import BLOCK, Encoded, Format, encode_fragment, frame_blocks, pack_frames
 from diloco_proto.codec.formats import Floats
+from diloco_proto.frame_messages import Data
 
 SETTINGS = ("--num-fragments=1", "--min-workers=2", "--grace-seconds=inf", "--lease-seconds=3600")
 """Of their server: a round closes when both have pushed."""
@@ -72,11 +75,12 @@ class Pair:
     def pull(self) -> float:
         """The last round's update; the seconds that it took."""
         request = pb.PullRequest(fragment=0, since_version=self._version - 1)
+        kept = _Kept(self._values, self._values)
         began = time.perf_counter()
-        (item,) = self._transport.pull(request)
+        (item,) = self._transport.pull(request, kept)
         taken = time.perf_counter() - began
         assert item.version == self._version
-        self.pull_bytes = sum(map(len, item.frames))
+        self.pull_bytes = sum(map(len, kept.frames))
         return taken
 
     def _contribute(self, worker: RawWorker) -> float:
@@ -90,6 +94,18 @@ class Pair:
         taken = time.perf_counter() - began
         assert outcome.kind in (pb.OUTCOME_STAGED, pb.OUTCOME_SEEDED), outcome
         return taken
+
+
+@dataclass(frozen=True)
+class _Kept(Target):
+    """Keeps the frames as they come, undecoded."""
+
+    frames: list[Data] = field(default_factory=list)
+
+    def land(self, item: PulledItem, data: Data, base: Floats | None) -> None:
+        first, count = frame_blocks(data)
+        item.blocks = range(item.blocks.start if item.blocks else first, first + count)
+        self.frames.append(data)
 
 
 def _frames(fmt: Format, values: Floats) -> list[bytes]:

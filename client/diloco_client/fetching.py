@@ -9,16 +9,25 @@ from torch.profiler import record_function
 
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import CorruptFrame
+from diloco_proto.codec.formats import Floats
 from diloco_proto.errors import ConnectionClosed
+from diloco_proto.frame_messages import Data
 
 from .binding import Binding
 from .flights import Base
-from .transport import PulledItem, Transport
+from .landing import PulledItem, Target
+from .transport import Transport
 
 log = logging.getLogger("diloco")
 
 SNAPSHOT_TRIES = 3
 """Of frames that arrive whole one by one, and yet do not make the parameters that they should."""
+
+
+class _ProfiledTarget(Target):
+    def land(self, item: PulledItem, data: Data, base: Floats | None) -> None:
+        with record_function("diloco::decode"):
+            super().land(item, data, base)
 
 
 class Fetcher:
@@ -51,27 +60,20 @@ class Fetcher:
         span = self._binding.spans[fragment]
         if not span.is_whole:
             request.part.CopyFrom(span.part)
-        items = self._transport.pull(request)
-        with record_function("diloco::decode"):
-            return self._decode(fragment, base, items)
-
-    def _decode(self, fragment: int, base: Base | None, items: list[PulledItem]) -> Base | None:
-        """The base that `items` lead to, or None when it is not the one the server has."""
-        if not items:
-            return base
-        span = self._binding.spans[fragment]
-        theta, former = self._binding.host_buffer(fragment), None if base is None else base.theta
+        former = None if base is None else base.theta
+        target = _ProfiledTarget(former, self._binding.host_buffer(fragment), span.first_block)
+        try:
+            items = self._transport.pull(request, target)
+        except CorruptFrame as error:
+            log.warning("fragment %d: %s", fragment, error)
+            return None
         for item in items:
-            try:
-                found = item.apply(former, theta, span.first_block)
-            except CorruptFrame as error:
-                log.warning("fragment %d: %s", fragment, error)
-                return None
             if item.kind == pb.ITEM_UPDATE:
                 self._transport.counters.update(item.nbytes, span.parameters)
-            former = theta
-        newer = Base(items[-1].version, theta, items[-1].digest)
-        return newer if self._credible(newer, found) else None
+        if not items:
+            return base
+        newer = Base(items[-1].version, target.theta, items[-1].digest)
+        return newer if self._credible(newer, items[-1].found) else None
 
 
 def unfit_snapshot(fragment: int) -> ConnectionClosed:

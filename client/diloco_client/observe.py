@@ -17,6 +17,7 @@ from diloco_proto.manifest import Fragment, Pattern, TensorSpec, build_layout
 from diloco_proto.wire import manifest_from_pb
 
 from .connect import Connector, Credentials
+from .landing import Target
 from .transport import Transport
 
 
@@ -170,13 +171,12 @@ def export(
 
 def _pull_snapshot(transport: Transport, run_id: str, fragment: Fragment, timeout: float, kept: int | None) -> Floats:
     request = pb.PullRequest(run_id=run_id, fragment=fragment.index, snapshot=True, kept=kept)
-    items = transport.pull(request, timeout)
     values = np.empty(fragment.length, np.float32)
     try:
-        found = items[-1].apply(None, values)
+        items = transport.pull(request, Target(None, values), timeout)
     except CorruptFrame as error:
         raise ConnectionClosed(f"the snapshot of fragment {fragment.index} is damaged: {error}") from error
-    if found != items[-1].digest:
+    if not items or items[-1].found != items[-1].digest:
         raise ConnectionClosed(f"the snapshot of fragment {fragment.index} does not match its digest")
     return values
 

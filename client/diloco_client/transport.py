@@ -21,9 +21,10 @@ from diloco_proto.wire import error_from_rpc
 
 from .connect import Connector
 from .counters import Counters
+from .landing import PulledItem, StripesDiffer, Target
 from .lines import SESSION, Lines, data_line
 from .network import Network
-from .pulling import PulledItem, PullStripe, join_stripes, split_pull
+from .pulling import PullStripe, join_stripes, split_pull
 from .pushing import PushStripe, most_telling, split_push
 from .retry import RETRY_LATER, Retry
 
@@ -36,7 +37,7 @@ FAILING_SECONDS = 5.0
 """So long the attempts of a transfer may fail before the server counts as out of reach: what breaks off is mostly taken
 up again at once."""
 
-__all__ = ["RETRY_LATER", "Counters", "PulledItem", "Retry", "Transport"]
+__all__ = ["RETRY_LATER", "Counters", "Retry", "Transport"]
 
 
 class Stripe(Protocol[T_co]):
@@ -79,7 +80,7 @@ class Transport:
     @property
     def up_speed(self) -> float | None:
         """Bytes a second of the fastest of the last long pushes; None while there was none."""
-        return self._lines.up_speeds.fastest
+        return self._lines.up_speeds.slowest  # of one link
 
     @property
     def closed(self) -> threading.Event:
@@ -122,18 +123,22 @@ class Transport:
             # server has started anew in between. To announce all of it once more sends what it lacks.
         return self._retrying(PushStripe(self._lines, data_line(0), header, frames))
 
-    def pull(self, request: pb.PullRequest, patience: float | None = None) -> list[PulledItem]:
-        """The updates since a version, or a snapshot. A broken transfer goes on at the frame where it broke.
+    def pull(self, request: pb.PullRequest, target: Target, patience: float | None = None) -> list[PulledItem]:
+        """The updates since a version, or a snapshot, applied in `target`. A broken transfer goes on at the frame where
+        it broke.
 
-        Raises ServerUnreachable when it still fails after `patience` seconds; None is for ever.
+        Raises ServerUnreachable when it still fails after `patience` seconds; None is for ever. Raises CorruptFrame
+        unless every item is whole and of legal frames.
         """
         if self.network.data_connections > 1:
             shares = split_pull(request, self.network.data_connections)
-            stripes = [PullStripe(self._lines, data_line(i), share) for i, share in enumerate(shares)]
-            items = join_stripes(self._side_by_side(stripes, patience))
-            if items is not None:
-                return items
-        return self._retrying(PullStripe(self._lines, data_line(0), request), patience)
+            stripes = [PullStripe(self._lines, data_line(i), share, target) for i, share in enumerate(shares)]
+            try:
+                return join_stripes(self._side_by_side(stripes, patience), target)
+            except StripesDiffer as difference:
+                log.info("the connections of one pull do not fit together: %s; it is made again over one", difference)
+        items = self._retrying(PullStripe(self._lines, data_line(0), request, target), patience)
+        return join_stripes([items], target)
 
     def describe(self, timeout: float) -> pb.RunDescription:
         """Raises ServerUnreachable when nothing answers within `timeout` seconds."""
@@ -206,5 +211,8 @@ class Transport:
         for thread in threads:
             thread.join()
         if errors:
-            raise errors[0]
+            try:
+                raise errors[0]
+            finally:
+                errors.clear()  # else error and frame hold one another, and with them what was to be moved
         return [results[index] for index in range(len(stripes))]

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Format
 from diloco_proto.errors import ConnectionClosed, DilocoError, Superseded
-from diloco_proto.speeds import Speeds
+from diloco_proto.speeds import KEPT_OF_MANY, Speeds
 
 from .keeper import Keeper
 from .limits import Limits
@@ -55,7 +55,7 @@ class Engine:
         self.limits = Limits()
         self.metrics = Metrics()
         self.rates = Rates()
-        self.reader_speeds = Speeds()
+        self.reader_speeds = Speeds(KEPT_OF_MANY)
         self.storage: Callable[[], pb.Storage | None] | None = None
         """How the run stands on disk; None while nothing is kept there."""
         self.on_failure: Callable[[Exception], None] | None = None

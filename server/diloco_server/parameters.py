@@ -174,11 +174,11 @@ class Parameters:
         target.version, target.digest = version, digest
         return target.state
 
-    def make_room(self, fragment: int) -> None:
+    def make_room(self, fragment: int, *, all_have: bool = False) -> None:
         """For the update of a round that is decided, which is expected to be as large as the last: what it replaces
-        goes before it is made, so that they are not both in memory."""
+        goes before it is made, so that they are not both in memory. `all_have`: no worker needs what there is."""
         target = self._globals[fragment]
-        target.make_room(self._kept_share, target.last_update_bytes)
+        target.make_room(0.0 if all_have else self._kept_share, target.last_update_bytes)
 
     def commit(
         self,

@@ -367,8 +367,13 @@ class Run:
         closes = self._model.rounds.due(now, self.config.buffered(len(self.members.live())))
         self.records += [keeping.closed(close) for close in closes]
         for close in closes:
-            self.parameters.make_room(close.fragment)
+            self.parameters.make_room(close.fragment, all_have=self._all_have(close))
         return closes
+
+    def _all_have(self, close: Close) -> bool:
+        """Every live worker has the version that the round was made on top of: its contribution is."""
+        contributors = {c.key.worker_id for c in close.contributions}
+        return not self.config.asynchronous and all(m.worker_id in contributors for m in self.members.live())
 
     def commit(self, close: Close, threads: Executor | None = None) -> Committed:
         """The outer step of a close. Heavy; touches only its own fragment's parameters, so any thread may run it."""

@@ -204,7 +204,7 @@ class Service:
                 finally:
                     await writer.settle()
                 if not request.snapshot:
-                    self._engine.reader_speeds.note(writer.written, self._engine.clock() - began)
+                    self._engine.reader_speeds.note(writer.written, self._engine.clock() - began, context.peer())
         except DilocoError as error:
             await self._refuse(context, "Pull", error)
 

@@ -14,8 +14,9 @@ from proxy import Proxy
 from raw_worker import RawWorker, flat, frames_of, manifest_of
 
 from diloco_client import connect
+from diloco_client.landing import Target
 from diloco_client.network import Network
-from diloco_client.transport import PulledItem, Retry, Transport
+from diloco_client.transport import Retry, Transport
 from diloco_proto import channel
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import digest
@@ -63,12 +64,14 @@ class Bed:
 
     def pull(self, **request: object) -> Floats:
         """What the pull makes of zeros."""
-        items = self.transport.pull(pb.PullRequest(fragment=0, **request))
-        return applied(items)
+        target = on_zeros()
+        *_, item = self.transport.pull(pb.PullRequest(fragment=0, **request), target)
+        assert item.found == digest(target.theta)
+        return target.theta
 
     def ask(self) -> None:
         """For news, of which there are none."""
-        assert self.transport.pull(pb.PullRequest(fragment=0)) == []
+        assert self.transport.pull(pb.PullRequest(fragment=0), on_zeros()) == []
 
     def check_counted_once(self) -> None:
         """θ is the seed less the contribution, to the bit."""
@@ -89,11 +92,9 @@ class Bed:
             time.sleep(0.01)
 
 
-def applied(items: list[PulledItem]) -> Floats:
-    theta = flat(np.zeros(SIZE, np.float32))
-    for item in items:
-        item.apply(theta, theta)
-    return theta
+def on_zeros() -> Target:
+    zeros = flat(np.zeros(SIZE, np.float32))
+    return Target(zeros, np.empty_like(zeros))
 
 
 @contextmanager
@@ -169,6 +170,21 @@ def test_any_number_of_connections_carries_the_same_bytes(lanes: int) -> None:
         assert np.array_equal(on.pull(snapshot=True), values(0) - values())
         assert on.pull(since_version=0).size  # by connections that have been used
         assert on.link.accepted == lanes
+
+
+def test_of_the_speed_of_links_updates_tell_and_snapshots_do_not() -> None:
+    """Whoever looks at θ, over whatever line, is no reason to compress what the workers get."""
+    with bed() as on:
+        speeds = on.server.engine.reader_speeds
+        assert on.push().kind == pb.OUTCOME_STAGED
+        on.check_counted_once()
+        assert np.array_equal(on.pull(snapshot=True), values(0) - values())
+        on.pull(since_version=0)
+        on.wait_for(lambda: speeds.slowest is not None, "the update to be noted")
+        noted = speeds.slowest
+        on.link.down.rate = 20_000_000
+        on.pull(snapshot=True)
+        assert speeds.slowest == noted
 
 
 def test_frames_that_are_damaged_on_the_way_are_sent_again() -> None:

@@ -19,6 +19,7 @@ from diloco_client.flights import Base, Flight
 from diloco_client.island import dtensors
 from diloco_client.island.courier import IslandCourier
 from diloco_client.island.ledger import Fetched, Ledger, Verdict
+from diloco_client.landing import Target
 from diloco_client.spans import Span
 from diloco_client.transport import Retry, Transport
 from diloco_proto import outer_pb2 as pb
@@ -301,7 +302,7 @@ def test_a_transfer_that_gets_no_connection_is_noticed(monkeypatch: pytest.Monke
 
     def pull() -> None:
         with pytest.raises(ConnectionError):
-            transport.pull(pb.PullRequest())
+            transport.pull(pb.PullRequest(), Target(None, np.empty(0, np.float32)))
 
     pulling = threading.Thread(target=pull)
     pulling.start()

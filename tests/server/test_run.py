@@ -24,6 +24,7 @@ from diloco_proto.errors import (
     RunMismatch,
     Superseded,
 )
+from diloco_server import parameters
 
 
 def test_a_round_moves_theta_by_the_mean_and_tells_each_worker_its_fate() -> None:
@@ -124,6 +125,23 @@ def test_the_last_update_goes_when_the_round_of_the_next_is_closed(monkeypatch: 
     (close,) = sim.run.due(sim.now)
     assert sim.run.parameters.updates_since(0, 0) is None
     sim.run.publish(sim.run.commit(close), sim.now)
+    assert [u.version for u in sim.run.parameters.updates_since(0, 1) or ()] == [2]
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_small_updates_are_kept_for_a_worker_that_falls_behind(absent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameters, "KEPT_SHARE", 1.0)
+    sim = Sim(downlink_codec="int3", grace_seconds=5.0).enter("a", "b")
+    values = flat(np.random.default_rng(0).standard_normal(128))
+    sim.push("a", values)
+    sim.push("b", values)
+    monkeypatch.setattr(sim, "settle", lambda: None)
+    for worker in "a" if absent else "ab":
+        sim.push(worker, values, base_version=1)
+    (close,) = sim.run.due(sim.now + 9.0)
+    sim.run.publish(sim.run.commit(close), sim.now)
+    behind = [u.version for u in sim.run.parameters.updates_since(0, 0) or ()]
+    assert behind == ([1, 2] if absent else []), "b has not shown that it has version 1"
     assert [u.version for u in sim.run.parameters.updates_since(0, 1) or ()] == [2]
 
 

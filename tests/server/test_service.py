@@ -267,8 +267,13 @@ def test_a_pull_goes_on_where_it_broke() -> None:
 
 
 def test_all_readers_get_the_same_bytes() -> None:
-    with server(downlink_codec="int4") as running, RawWorker(running.address) as worker:
+    with (
+        server(downlink_codec="int4", grace_seconds="0") as running,
+        RawWorker(running.address) as worker,
+        RawWorker(running.address, "behind") as behind,
+    ):
         worker.enter(LARGE, [values(0)])
+        behind.join(LARGE).expect("welcome")  # for it both updates are kept
         for version in range(2):
             worker.push(0, frames_of(values(version)), base_version=version)
             worker.expect("committed")

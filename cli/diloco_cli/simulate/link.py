@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from diloco_client.flights import Arrival, Base, Flight, Flights
+from diloco_client.landing import Target
 from diloco_client.messages import contribution_header, seed_push
 from diloco_client.pushing import most_telling
 from diloco_client.spans import Span
-from diloco_client.transport import RETRY_LATER, PulledItem
+from diloco_client.transport import RETRY_LATER
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.channel import PROTOCOL_VERSION
 from diloco_proto.codec import Format, pack_frames
@@ -24,7 +25,7 @@ from diloco_server.pushes import Ticket
 
 from .clock import Action, Clock, Gate
 from .line import Connection, Line
-from .parcels import Parcel, Traffic, parcels_of
+from .parcels import Brought, Parcel, Traffic, land, parcels_of
 from .server import Answer, Peer, VirtualServer
 from .toy import Trainer
 
@@ -393,27 +394,26 @@ class VirtualLink:
 
         def arrive() -> None:
             try:
-                items = self._server.pull(request)
+                brought = self._server.pull(request)
             except RolledBack:
                 return  # the welcome that is on its way says what is now
-            size = self.traffic.pull(items, self.layout.fragments[fragment].parameters)
-            connection.down(size * self._wire_scale, lambda: self._on_pulled(request, base, items))
+            size = self.traffic.pull(brought, self.layout.fragments[fragment].parameters)
+            connection.down(size * self._wire_scale, lambda: self._on_pulled(request, base, brought))
 
         connection.ask(arrive)
 
-    def _on_pulled(self, request: pb.PullRequest, base: Base | None, items: list[PulledItem]) -> None:
+    def _on_pulled(self, request: pb.PullRequest, base: Base | None, brought: list[Brought]) -> None:
         self._watch.count("pulled")
         if request.run_id != self.run_id:
             return
         fragment = request.fragment
         self._pulling.discard(fragment)
-        theta = np.zeros(self.layout.fragments[fragment].length, np.float32) if base is None else base.theta.copy()
-        for item in items:
-            found = item.apply(theta, theta)
-        if items:
-            newer = Base(items[-1].version, theta)
+        theta = np.empty(self.layout.fragments[fragment].length, np.float32)
+        landed = land(brought, Target(None if base is None else base.theta, theta))
+        if landed:
+            newer = Base(landed[-1].version, theta)
             self._watch.arrived(self, fragment, newer)
-            assert found == items[-1].digest, "a worker's parameters differ from the server's"
+            assert landed[-1].found == landed[-1].digest, "a worker's parameters differ from the server's"
             if self.its_flights.bases:
                 self.its_flights.on_arrived(fragment, newer)
             else:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from diloco_client.transport import PulledItem
+from diloco_client.landing import Landing, PulledItem, Target
+from diloco_client.pulling import join_stripes
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import Encoded, frame_checksum, pack_frames
+from diloco_proto.frame_messages import read_pull
 
 Parcel = tuple[pb.PushHeader, list[bytes]]
 """What one stream carries."""
+
+Brought = tuple[pb.Item, list[bytes]]
+"""One item of a pull, and the messages with its frames."""
 
 
 @dataclass(slots=True)
@@ -32,14 +37,14 @@ class Traffic:
             self.contributions += size
             self.contributed += parameters
 
-    def pull(self, items: list[PulledItem], parameters: int) -> int:
+    def pull(self, brought: list[Brought], parameters: int) -> int:
         """These came down; returns their bytes."""
-        size = sum(item.nbytes for item in items)
-        updates = [item for item in items if item.kind == pb.ITEM_UPDATE]
-        self.down += size
-        self.updates += sum(item.nbytes for item in updates)
+        sizes = [sum(map(len, messages)) for _, messages in brought]
+        updates = [size for size, (item, _) in zip(sizes, brought, strict=True) if item.kind == pb.ITEM_UPDATE]
+        self.down += sum(sizes)
+        self.updates += sum(updates)
         self.updated += len(updates) * parameters
-        return size
+        return sum(sizes)
 
 
 def parcels_of(header: pb.PushHeader, encoded: Encoded, parts: int) -> list[Parcel]:
@@ -59,3 +64,13 @@ def parcels_of(header: pb.PushHeader, encoded: Encoded, parts: int) -> list[Parc
         part.frame_digests.extend(frame_checksum(frame) for frame in frames)
         parcels.append((part, frames))
     return parcels
+
+
+def land(brought: list[Brought], target: Target) -> list[PulledItem]:
+    """What of a pull a worker has in the end."""
+    landing = Landing(target)
+    for item, messages in brought:
+        landing.take(pb.PullReply(item=item))
+        for message in messages:
+            landing.take(read_pull(message))
+    return join_stripes([landing.finish()], target)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from diloco_client.transport import PulledItem
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.codec import read_frame
 from diloco_proto.errors import ConnectionClosed, DilocoError, Superseded
-from diloco_proto.frame_messages import Data
 from diloco_server.config import RunConfig
 from diloco_server.members import Member
 from diloco_server.parameters import snapshot_frames, snapshot_item
@@ -20,6 +18,7 @@ from .clock import Action, Clock, Gate, Timer
 from .disk import Disk
 from .keeper import VirtualKeeper
 from .line import Connection
+from .parcels import Brought
 from .revival import Back, revive
 from .watch import Watch
 
@@ -165,7 +164,7 @@ class VirtualServer:
         else:
             self._keeper.when_durable(action)
 
-    def pull(self, request: pb.PullRequest) -> list[PulledItem]:
+    def pull(self, request: pb.PullRequest) -> list[Brought]:
         """The updates since a version, or a snapshot. Raises DilocoError."""
         self.watch.count("pull")
         self.run.check_run_id(request.run_id)
@@ -175,15 +174,15 @@ class VirtualServer:
         if not request.snapshot:
             updates = parameters.updates_since(request.fragment, request.since_version)
         if updates is not None:
-            items = [_pulled(update.item, update.messages) for update in updates]
+            brought = [(update.item, list(update.messages)) for update in updates]
         else:
             snapshot = parameters.pin(request.fragment)
             try:
-                items = [_pulled(snapshot_item(snapshot, 0), list(snapshot_frames(snapshot, 0)))]
+                brought = [(snapshot_item(snapshot, 0), list(snapshot_frames(snapshot, 0)))]
             finally:
                 parameters.unpin(snapshot)
-        self.bytes_out += sum(item.nbytes for item in items)
-        return items
+        self.bytes_out += sum(len(message) for _, messages in brought for message in messages)
+        return brought
 
     # -- time --
 
@@ -287,8 +286,3 @@ class VirtualServer:
         self._keeper.start(revived.saved.snapshot.first_segment)
         self.watch.restarted(revived)
         self.settle()
-
-
-def _pulled(item: pb.Item, messages: Sequence[bytes]) -> PulledItem:
-    frames: list[Data] = [pb.PullReply.FromString(message).frame for message in messages]
-    return PulledItem(item.kind, item.version, item.digest, frames, sum(map(len, messages)))
