@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import grpc
@@ -102,6 +103,9 @@ def test_nothing_piles_up_over_many_rounds(tmp_path: Path) -> None:
         rounds(300)
         grown, after = rss(pid) - idle, taken()
         assert grown < 8 * MIB
-        assert after[0] <= files + 8, "a snapshot under way has some, and in 300 rounds there were many"
+        deadline = time.monotonic() + 20
+        while open_files(pid) > files + 2:  # a snapshot under way has some open
+            assert time.monotonic() < deadline, "files pile up"
+            time.sleep(0.02)
         assert after[1] <= running + 4, "gRPC has some more or fewer"
         assert after[2] < disk + 2 * MIB, "old segments and snapshots go"

@@ -82,17 +82,23 @@ def test_a_pull_whose_snapshot_moved_on_begins_anew(values) -> None:
     assert np.array_equal(target.theta, values)
 
 
-def test_a_pull_of_several_updates_asks_again_from_the_last_whole_one(values) -> None:
-    frames = frames_of(values)
+def one_and_a_half(frames: list[bytes]) -> Callable:
+    """Of two updates."""
 
-    def one_and_a_half(request, context):
+    def behave(request, context):
         yield from item(1, *frames)
         yield from item(2, frames[0], announced=3)
+
+    return behave
+
+
+def test_a_pull_of_several_updates_asks_again_from_the_last_whole_one(values) -> None:
+    frames = frames_of(values)
 
     def rest(request, context):
         yield from item(2, *frames[1:])
 
-    service, target = Scripted(one_and_a_half, rest), target_of(values)
+    service, target = Scripted(one_and_a_half(frames), rest), target_of(values)
     with connected(service) as transport:
         items = transport.pull(pb.PullRequest(since_version=0), target)
     assert [(i.version, i.num_frames, i.found) for i in items] == [(1, 3, digest(-values)), (2, 3, digest(-2 * values))]
@@ -105,14 +111,10 @@ def test_half_an_update_leaves_nothing_behind(values) -> None:
     """It would have been put on top of the first, in its place."""
     frames = frames_of(values)
 
-    def one_and_a_half(request, context):
-        yield from item(1, *frames)
-        yield from item(2, frames[0], announced=3)
-
     def another(request, context):
         yield from item(3, *frames)
 
-    service, target = Scripted(one_and_a_half, another), target_of(values)
+    service, target = Scripted(one_and_a_half(frames), another), target_of(values)
     with connected(service) as transport:
         items = transport.pull(pb.PullRequest(since_version=0), target)
     assert [p.since_version for p in service.pulls] == [0, 1]
