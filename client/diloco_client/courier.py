@@ -166,10 +166,10 @@ class Courier:
             return self._flights.take(fragment)
 
     def wait(self, fragment: int) -> None:
-        """Wait until `take` has something; not while the server is out of reach or too few workers train for a
-        round to close: then the training goes on, and what was pushed is merged later."""
+        """Wait until `take` has something; not while the server is out of reach or too few workers train for the
+        fragment's round to close: then the training goes on, and what was pushed is merged later."""
         with record_function("diloco::wait"), self._changed:
-            while not (self._flights.settled(fragment) or self._out_of_reach or self._held or self.hurried()):
+            while self._flights.awaited(fragment, held=self._held) and not (self._out_of_reach or self.hurried()):
                 self.raise_fatal()
                 self._changed.wait(1.0)
 

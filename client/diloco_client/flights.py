@@ -253,6 +253,17 @@ class Flights:
             return self._arrived[fragment] is not None
         return flight.counted is not None and self.newest(fragment).version >= flight.needs
 
+    def awaited(self, fragment: int, *, held: bool) -> bool:
+        """Whether a worker that reached the step of its merge waits: nothing is ready yet. When `held`, too few workers
+        train for a round to close, it waits for rounds that are over: of those no more than the update has to come."""
+        flight = self._flights[fragment]
+        over = (
+            flight is None
+            or flight.verdict is not None
+            or (flight.counted is not None and flight.needs <= self._announced[fragment])
+        )
+        return not self.settled(fragment) and (over or not held)
+
     def take(self, fragment: int) -> Arrival | None:
         """What is ready to be merged, unless a contribution's fate is still open. It becomes the base."""
         if not self.settled(fragment):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ def make_model(*, norm: bool = False) -> nn.Module:
         torch.manual_seed(3)
         middle = [nn.BatchNorm1d(40)] if norm else []
         return nn.Sequential(nn.Linear(5, 40), *middle, nn.Tanh(), nn.Linear(40, 1))
+
+
+def evaluate(model: nn.Module) -> float:
+    x = torch.randn(4096, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return nn.functional.mse_loss(model(x), x.sum(1, keepdim=True).sin()).item()
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +116,36 @@ def test_all_workers_are_told_when_the_run_has_had_enough(limit: dict[str, int],
         assert status["tokens"] >= 300
 
 
+def test_who_is_left_alone_still_merges_what_was_decided_before(together) -> None:
+    """Its update is late, and until it has come the worker hears that no further round closes without others."""
+    config = RunConfig(sync_every=6, num_fragments=2, overlap_steps=4, min_workers=2, grace_seconds="inf")
+    with serve(config) as server:
+        left, stays = together(2, lambda i: Worker(server.address, "ab"[i]))
+        alone = threading.Event()
+        courier, pull = stays.outer._courier, stays.outer._transport.pull
+        set_held = courier.set_held
+
+        def hear(held: bool) -> None:
+            set_held(held)
+            if held:
+                alone.set()
+
+        def late(*args: Any) -> Any:
+            assert alone.wait(30)
+            return pull(*args)
+
+        courier.set_held, stays.outer._transport.pull = hear, late
+        left.step(2)  # fragment 1 is pushed, to be merged after step 6
+        assert left.outer._courier.wait_until(left.outer._courier.staged, 30)
+        left.outer.close()
+        stays.step(5)  # and fragment 0, of which no round closes any more
+        training = threading.Thread(target=stays.step, daemon=True)
+        training.start()
+        training.join(30)
+        assert not training.is_alive()
+        assert [base.version for base in courier.bases] == [0, 1]
+
+
 def test_tokens_weigh_contributions_and_losses_are_shown(together) -> None:
     config = RunConfig(sync_every=4, num_fragments=1, overlap_steps=0, min_workers=2, grace_seconds="inf")
     with serve(config) as server:
@@ -183,19 +220,18 @@ def test_batch_norm_statistics_are_averaged(together) -> None:
 @pytest.mark.parametrize("uplink", ["int2", "ternary"])
 def test_coarse_contributions_still_teach(uplink: str, together) -> None:
     config = RunConfig(**QUICK, min_workers=2, uplink_codec=uplink, grace_seconds="inf")
+    untaught = evaluate(make_model())
     with serve(config) as server:
 
-        def work(index: int) -> tuple[float, float, dict[int, int]]:
+        def work(index: int) -> tuple[float, dict[int, int]]:
             worker = Worker(server.address, f"w{index}")
-            before = worker.step()
-            worker.step(199)
+            worker.step(200)
             worker.outer.flush(together=True)
-            return before, worker.step(), worker.outer.base_digests()
+            return evaluate(worker.model), worker.outer.base_digests()
 
-        results = together(2, work)
-    assert results[0][2] == results[1][2]
-    for before, after, _ in results:
-        assert after < 0.5 * before
+        (first, digests), (second, others) = together(2, work)
+    assert digests == others
+    assert first == second < 0.5 * untaught
 
 
 def test_an_asynchronous_run_waits_for_nobody(together) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -58,6 +59,7 @@ def test_a_mechanism_that_is_switched_off_is_missed(defect: Defect, monkeypatch:
     assert broken is not None, f"the defect is not found any more by seed {defect.seed}: look for another one"
     assert broken.promise == defect.promise
     assert f"--seed {defect.seed}" in str(broken), "it says how to replay it"
+    assert str(pickle.loads(pickle.dumps(broken))) == str(broken), "also when another process has found it"
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])

@@ -18,7 +18,7 @@ class BrokenPromise(AssertionError):
     """A promise of the design does not hold. `time` and `seed` are filled in by whoever runs the simulation."""
 
     def __init__(self, promise: int, text: str, *, worker_id: str = "", fragment: int | None = None) -> None:
-        super().__init__(text)
+        super().__init__(promise, text)  # by which it is made again when another process found it
         self.promise = promise
         self.text = text
         self.worker_id = worker_id

@@ -122,7 +122,7 @@ class VirtualWorker:
             for fragment in due:
                 yield from self._wait(
                     lambda fragment=fragment: (  # type: ignore[misc]
-                        link.its_flights.settled(fragment) or not link.connected or link.held
+                        not link.connected or not link.its_flights.awaited(fragment, held=link.held)
                     )
                 )
             replica.merge()
