@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,16 +17,6 @@ from server_process import ServerProcess
 from diloco_proto import outer_pb2 as pb
 from diloco_proto.errors import ERROR_KEY
 from diloco_server.logs import FIELDS, JsonLines, configure
-
-
-@pytest.fixture(autouse=True)
-def _loggers_as_they_were() -> Iterator[None]:
-    root, ours = logging.getLogger(), logging.getLogger("diloco")
-    handlers, level, our_level = root.handlers[:], root.level, ours.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    ours.setLevel(our_level)
 
 
 def line(message: str, *arguments: object, **extra: object) -> dict[str, object]:
