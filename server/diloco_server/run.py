@@ -372,8 +372,8 @@ class Run:
 
     def _all_have(self, close: Close) -> bool:
         """Every live worker has the version that the round was made on top of: its contribution is."""
-        contributors = {c.key.worker_id for c in close.contributions}
-        return not self.config.asynchronous and all(m.worker_id in contributors for m in self.members.live())
+        have = {c.key.worker_id for c in close.contributions if c.key.base_version == close.base_version}
+        return all(m.worker_id in have for m in self.members.live())
 
     def commit(self, close: Close, threads: Executor | None = None) -> Committed:
         """The outer step of a close. Heavy; touches only its own fragment's parameters, so any thread may run it."""

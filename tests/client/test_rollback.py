@@ -28,6 +28,12 @@ def _all_leave() -> Iterator[None]:
         Worker.joined.pop().crash()
 
 
+def lost(worker: Worker) -> None:
+    """The worker has noticed that its server is gone."""
+    courier = worker.outer._courier
+    assert courier.wait_until(lambda: not courier._connected, 30, 30)
+
+
 def reconnected(worker: Worker) -> None:
     courier = worker.outer._courier
     assert courier.wait_until(lambda: courier._connected, 30, 30)
@@ -50,6 +56,7 @@ def test_a_worker_rides_through_a_restart_and_pushes_again_what_was_not_acknowle
         before = counted_steps(server.address)
         gate = hold_pushes(worker)
         worker.step(1)  # pushed, and on its way
+    lost(worker)
     worker.step(7)  # the training goes on
     gate.set()
     assert worker.outer.stats.steps == 17
@@ -76,6 +83,7 @@ def test_after_a_rollback_a_worker_adopts_theta_and_trains_on(feedback: str, tmp
         worker.settle()
         former = worker.outer._link.run_id
         assert [f["version"] for f in diloco_client.status(server.address)["fragments"]] == [4, 3]
+    lost(worker)
     hold_pushes(worker).set()
     worker.step(2)  # one more contribution, against a base that there will not be any more
     assert worker.outer._courier.flight(1) is not None
@@ -102,6 +110,7 @@ def test_a_flush_waits_for_the_parameters_after_a_rollback(tmp_path: Path) -> No
         worker = Worker(server.address)
         worker.step(14)
         worker.settle()
+    lost(worker)
     with serve(config, port=server.port, state_dir=tmp_path / "state", rollback=1, **KEEP) as server:
         worker.outer.flush()
         worker.outer.close()
