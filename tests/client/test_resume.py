@@ -418,6 +418,8 @@ def test_a_state_goes_through_a_distributed_checkpoint(tmp_path: Path) -> None:
         worker.step(11)  # one contribution is under way
         wanted = worker.checkpoint()["outer"]
         dcp.save({"model": worker.model, "outer": worker.outer}, checkpoint_id=tmp_path)
+        courier = worker.outer._courier
+        assert courier.wait_until(courier.anything_ready, 30, 30)  # else the successor has to account for it
         worker.crash()
         back = Worker(server.address)
         dcp.load({"model": back.model, "outer": back.outer}, checkpoint_id=tmp_path)
