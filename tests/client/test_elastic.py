@@ -136,9 +136,10 @@ def test_who_is_left_alone_still_merges_what_was_decided_before(together) -> Non
 
         courier.set_held, stays.outer._transport.pull = hear, late
         left.step(2)  # fragment 1 is pushed, to be merged after step 6
-        assert left.outer._courier.wait_until(left.outer._courier.staged, 30)
+        stays.step(2)
+        assert courier.wait_until(lambda: courier._flights._announced[1] == 1, 30, 30)
         left.outer.close()
-        stays.step(5)  # and fragment 0, of which no round closes any more
+        stays.step(3)  # fragment 0, of which no round closes any more
         training = threading.Thread(target=stays.step, daemon=True)
         training.start()
         training.join(30)
