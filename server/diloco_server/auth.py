@@ -62,8 +62,9 @@ def allowed(method: str) -> frozenset[Role]:
 class Tokens:
     """The valid tokens of each role: of `folder`/ROLE, one a line, so that two are valid while they are exchanged.
 
-    Missing files are made, with one random token each. Files that change are read again at the next call; an empty
-    or removed one leaves its role without a token. Without a folder the tokens end with this process.
+    Missing files are made, with one random token each. Files that change are read again at the next call or
+    `refresh`; an empty or removed one leaves its role without a token. Without a folder the tokens end with this
+    process.
     Raises ConfigError for files that cannot be used.
     """
 
@@ -90,7 +91,7 @@ class Tokens:
 
     def roles(self, presented: str) -> frozenset[Role]:
         """What the token allows; nothing if it is not known. Its time does not depend on where two tokens differ."""
-        self._refresh()
+        self.refresh()
         digest = _digest(presented)
         return frozenset([role for known, role in self._known if hmac.compare_digest(known, digest)])
 
@@ -98,7 +99,8 @@ class Tokens:
         self._newest = {role: lines[-1] for role, lines in tokens.items() if lines}
         self._known = [(_digest(line), role) for role, lines in tokens.items() for line in lines]
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Take up files that have changed."""
         if not self._files:
             return
         seen = self._signatures()

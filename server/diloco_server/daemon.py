@@ -95,6 +95,7 @@ class Daemon:
         server.add_generic_rpc_handlers((handlers(self.engine), health_handlers(self.engine)))
         self._bind(server)
         exporter = self._export_metrics()
+        watching = asyncio.create_task(self.entrance.watch())
         try:
             await self.engine.warm_up()
             await self._go_on()
@@ -105,6 +106,7 @@ class Daemon:
             await self._stopping.wait()
             await self.engine.drain(self._reason)
         finally:
+            watching.cancel()
             await server.stop(STOP_SECONDS if self._stopping.is_set() else None)
             self._threads.shutdown(wait=True)
             if exporter is not None:

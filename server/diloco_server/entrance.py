@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import resource
@@ -25,6 +26,9 @@ URL_FILES = {Role.WORKER: "join-url", Role.OBSERVER: "observer-url", Role.ADMIN:
 
 MAX_CONNECTIONS = 1024
 """Open at once, whoever holds them; each costs memory before its token is known. One beyond is closed at once."""
+
+LOOK_SECONDS = 1.0
+"""Between two looks at the files of tokens and certificate while nobody calls."""
 
 ANY_ADDRESS = ("0.0.0.0", "::", "")
 
@@ -97,6 +101,13 @@ class Entrance:
                 text = self.url(role).encode("utf-8") + b"\n"
                 if not _holds(path, text):  # a full disk must not keep the server from starting again
                     write_private(path, text)
+
+    async def watch(self) -> None:
+        """Take up tokens and a certificate that change while nobody calls: whoever hands out the URL, reads it then."""
+        while self._tokens is not None and self._certificate is not None:
+            self._tokens.refresh()
+            self._certificate.refresh()
+            await asyncio.sleep(LOOK_SECONDS)
 
     @property
     def url_file(self) -> Path | None:

@@ -99,7 +99,7 @@ def load(certificate: Path, key: Path) -> KeyPair:
 
 
 class Certificate:
-    """What the server shows. Files that change are taken up at the next handshake; bad ones are not."""
+    """What the server shows. Files that change are taken up at the next handshake or `refresh`; bad ones are not."""
 
     def __init__(self, files: tuple[Path, Path] | None, pair: KeyPair) -> None:
         self.pair = pair

@@ -98,12 +98,16 @@ def test_a_worker_lives_through_the_exchange_of_token_and_certificate(
             goes_on()
             with tokens.open("a") as file:
                 file.write("n" * 43 + "\n")
+            until(lambda: "n" * 43 in (tmp_path / "state" / "join-url").read_text(), lambda: time.sleep(0.01))
             own[1].write(tmp_path, "own")
             with refused(PinMismatch):  # a new connection meets the new certificate
                 diloco_client.status(first)
             goes_on()  # by its connections, and the token that is still valid
+            assert "n" * 43 in server.join_url
             hand_out()
-            tokens.write_text("n" * 43)
+            only_new = tmp_path / "only-new"
+            only_new.write_text("n" * 43)
+            only_new.replace(tokens)  # whole: an empty file would let nobody in
             goes_on()
             assert "back in run" not in caplog.text, "its session was not touched"
             with refused(Unauthenticated):
@@ -111,9 +115,10 @@ def test_a_worker_lives_through_the_exchange_of_token_and_certificate(
             relay.cut()
             until(lambda: "back in run" in caplog.text, lambda: train(model, optimizer, 1))
             goes_on()
+            second = server.join_url
             own[0].write(tmp_path, "own")
             with refused(PinMismatch):
-                diloco_client.status(server.join_url)
+                diloco_client.status(second)
             hand_out()
             caplog.clear()
             relay.cut()
