@@ -30,11 +30,6 @@ from diloco_proto.manifest import Fragment, Role
 from diloco_server.cuts import cuts_of
 
 
-@pytest.fixture(scope="module")
-def values() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(3 * 4096 * BLOCK, dtype=np.float32)
-
-
 def target_of(values: np.ndarray, first_block: int = 0) -> Target:
     """For as many; updates are on top of zeros."""
     return Target(np.zeros_like(values), np.empty_like(values), first_block)

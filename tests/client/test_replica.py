@@ -174,6 +174,21 @@ def test_an_update_that_does_not_have_the_contribution_yet_is_not_merged() -> No
     assert worker.pushed[1].since_version == 2, "pushed and merged at one step: the next steps are on the new base"
 
 
+def test_who_is_left_with_too_few_others_waits_only_for_a_version_that_there_is() -> None:
+    worker = Worker()
+    worker.steps(6)
+    flight, flights = worker.pushed[0], worker.flights
+    worker.encode(flight)
+    assert flights.awaited(0, held=False)
+    assert not flights.awaited(0, held=True)
+    worker.answer(flight, pb.OUTCOME_CONFLICT)  # another process has staged other bytes: a fate, and the round is open
+    assert not flights.awaited(0, held=True)
+    flights.announce(0, 1)
+    assert flights.awaited(0, held=True)
+    worker.arrive(1, 0.0)
+    assert not flights.awaited(0, held=False)
+
+
 def test_who_was_away_too_long_adopts_the_global_parameters_and_its_residual_goes(caplog) -> None:
     worker = Worker(feedback=True)
     worker.steps(6)

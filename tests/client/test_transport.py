@@ -27,12 +27,6 @@ from diloco_proto.errors import DilocoError, InvalidContribution, ServerUnreacha
 from diloco_proto.manifest import Fragment, Role
 from diloco_server.assembly import frame_places
 
-
-@pytest.fixture(scope="module")
-def values() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(3 * 4096 * BLOCK, dtype=np.float32)
-
-
 NOTHING = Target(None, np.empty(0, np.float32))
 
 

@@ -98,12 +98,11 @@ def test_a_worker_lives_through_the_exchange_of_token_and_certificate(
             goes_on()
             with tokens.open("a") as file:
                 file.write("n" * 43 + "\n")
-            until(lambda: "n" * 43 in (tmp_path / "state" / "join-url").read_text(), lambda: time.sleep(0.01))
+            until(lambda: "n" * 43 in server.join_url, lambda: train(model, optimizer, 1))
             own[1].write(tmp_path, "own")
             with refused(PinMismatch):  # a new connection meets the new certificate
                 diloco_client.status(first)
             goes_on()  # by its connections, and the token that is still valid
-            assert "n" * 43 in server.join_url
             hand_out()
             only_new = tmp_path / "only-new"
             only_new.write_text("n" * 43)
@@ -126,6 +125,19 @@ def test_a_worker_lives_through_the_exchange_of_token_and_certificate(
             outer.flush()
             assert outer.base_digests() == digests(server.join_url)
         relay.close()
+
+
+def test_the_file_with_the_url_tells_of_a_new_token_and_certificate_though_nobody_calls(tmp_path: Path) -> None:
+    own = issue("first"), issue("second")
+    certificate, key = own[0].write(tmp_path, "own")
+    with secured(tmp_path / "state", tls_cert=certificate, tls_key=key):
+        url = tmp_path / "state" / "join-url"
+        with (tmp_path / "state" / "tokens" / "worker").open("a") as file:
+            file.write("n" * 43 + "\n")
+        until(lambda: "n" * 43 in url.read_text(), lambda: time.sleep(0.01))
+        former = url.read_text()
+        own[1].write(tmp_path, "own")
+        until(lambda: url.read_text() != former, lambda: time.sleep(0.01))
 
 
 def test_a_worker_whose_token_was_withdrawn_ends_with_an_error(tmp_path: Path) -> None:
